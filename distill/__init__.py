@@ -1,0 +1,1 @@
+"""Pour dense students out of a teacher: initialisation and losses."""

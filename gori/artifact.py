@@ -1,0 +1,211 @@
+"""What a stage leaves on disk: a directory that appears whole or not at all, with a manifest of hashes.
+
+Knows nothing of what a stage does. A stage's identity (`fingerprint`) is its settings, its inputs' contents, its seed
+and the library versions; two runs with one fingerprint write the same files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import gori
+from gori.errors import GoriError
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+LIBRARIES = ("torch", "torchao", "executorch", "transformers", "tokenizers", "safetensors", "numpy")
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_stream(f)
+
+
+def _sha256_stream(f: Any) -> str:
+    digest = hashlib.sha256()
+    while block := f.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex SHA-256 of a value's canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def utc_now() -> str:
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def library_versions(names: Sequence[str] = LIBRARIES) -> dict[str, str]:
+    """Versions of python, gori and of those of `names` that are installed."""
+    found = {"python": platform.python_version(), "gori": gori.__version__}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@contextmanager
+def os_errors(what: Path) -> Iterator[None]:
+    """Turn the system's refusals (full disk, no permission) into one sentence."""
+    try:
+        yield
+    except OSError as e:
+        if isinstance(e, (FileNotFoundError, FileExistsError)) and e.filename is None:
+            raise
+        raise GoriError(f"cannot write {what}: {e.strerror or e}: free space or choose another --out") from e
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[Path]:
+    """A temporary sibling directory that becomes `out` when the block ends well and vanishes when it does not.
+
+    An existing `out` is replaced only if it is empty or carries a manifest (so: only what gori wrote).
+    """
+    out = Path(out)
+    check_replaceable(out)
+    tmp = out.parent / f".{out.name}.writing"
+    with os_errors(out):
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+    try:
+        with os_errors(out):
+            yield tmp
+            _swap(tmp, out)
+    except BaseException:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
+
+
+def check_replaceable(out: Path) -> None:
+    """Refuse to overwrite what gori did not write."""
+    if out.exists() and not out.is_dir():
+        raise GoriError(f"--out {out} is a file: name a directory")
+    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).exists():
+        raise GoriError(f"--out {out} holds files but no {MANIFEST}, so gori did not write it: choose another directory")
+
+
+def _swap(tmp: Path, out: Path) -> None:
+    old = out.parent / f".{out.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        os.rename(out, old)
+    os.rename(tmp, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with a final newline, atomically."""
+    tmp = path.with_name(f".{path.name}.writing")
+    with os_errors(path):
+        tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(tmp, path)
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file; a missing or broken one is refused with its place."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise GoriError(f"{path} does not exist") from e
+    except UnicodeDecodeError as e:
+        raise GoriError(f"{path} is not UTF-8 at byte {e.start}: save it as UTF-8") from e
+    except json.JSONDecodeError as e:
+        raise GoriError(f"{path} line {e.lineno} column {e.colno} is not JSON: {e.msg}") from e
+
+
+@dataclass
+class Manifest:
+    """One stage's evidence, written last."""
+
+    stage: str
+    name: str
+    seed: int
+    settings: dict[str, Any]
+    """The recipe's section as run."""
+    inputs: dict[str, str]
+    """Label → content hash of what was read."""
+    started: str = field(default_factory=utc_now)
+    finished: str = ""
+    versions: dict[str, str] = field(default_factory=library_versions)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    gates: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What a reader must know: layers left float, what was not executed and why."""
+
+    @property
+    def fingerprint(self) -> str:
+        return sha256_json([SCHEMA_VERSION, self.stage, self.settings, self.inputs, self.seed, self.versions])
+
+    def write(self, directory: Path) -> None:
+        """Hash every file in `directory` and write manifest.json there."""
+        self.files, self.finished = hash_files(directory), utc_now()
+        body = {"schema_version": SCHEMA_VERSION, "fingerprint": self.fingerprint, **vars(self)}
+        write_json(directory / MANIFEST, body)
+
+
+def hash_files(directory: Path) -> dict[str, dict[str, Any]]:
+    """Relative path → SHA-256 and bytes, of every file but the manifest, sorted."""
+    paths = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
+    return {
+        p.relative_to(directory).as_posix(): {"sha256": sha256_file(p), "bytes": p.stat().st_size} for p in paths
+    }
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a stage's directory."""
+    path = Path(directory) / MANIFEST
+    if not path.exists():
+        raise GoriError(f"{directory} has no {MANIFEST}: it is not a directory that gori wrote, or its stage was cut off")
+    body = read_json(path)
+    if body.get("schema_version") != SCHEMA_VERSION:
+        raise GoriError(
+            f"{path} has schema version {body.get('schema_version')}, this gori {gori.__version__} reads "
+            f"{SCHEMA_VERSION}: run the stage again"
+        )
+    return body
+
+
+def content_hash(path: Path) -> str:
+    """What identifies an input: a file's SHA-256, or of a directory the hash over its files (manifest apart)."""
+    path = Path(path)
+    if path.is_file():
+        return sha256_file(path)
+    if not path.is_dir():
+        raise GoriError(f"{path} does not exist")
+    return sha256_json({name: f["sha256"] for name, f in hash_files(path).items()})
+
+
+def is_current(directory: Path, fingerprint: str) -> bool:
+    """Whether a directory was written under this fingerprint and its files are still the ones that were written."""
+    if not (Path(directory) / MANIFEST).exists():
+        return False
+    body = read_json(Path(directory) / MANIFEST)
+    return body.get("fingerprint") == fingerprint and hash_files(Path(directory)) == body.get("files")
+
+
+def gate(name: str, value: float, bound: float, *, at_least: bool) -> dict[str, Any]:
+    """A verdict for the manifest: the value, the bound and whether it is met."""
+    met = value >= bound if at_least else value <= bound
+    return {"name": name, "value": value, "bound": bound, "at_least": at_least, "met": bool(met)}
+
+
+def input_hashes(paths: Mapping[str, Path]) -> dict[str, str]:
+    return {label: content_hash(p) for label, p in paths.items()}

@@ -1,0 +1,330 @@
+"""The one decoder: GQA, RoPE, optional qk-norm and biases, a SwiGLU that is dense or a mixture of experts.
+
+It knows nothing of files, losses or quantization: gori.checkpoint reads and writes its weights, and quantize replaces
+its `Linear` and `Embedding` modules. Parameter names are those of Hugging Face's Llama, Qwen2, Qwen3 and Qwen3-MoE.
+
+Shapes in names: B batch, T new tokens, S cached tokens, D model width, H query heads, K key/value heads, E experts,
+I MLP width, V vocabulary, N = B*T tokens, A = N*top_k assignments of tokens to experts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gori.errors import GoriError
+
+Kind = Literal["llama", "qwen2", "qwen3", "qwen3_moe"]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's frequency scaling (Llama 3.1, `rope_type: llama3`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder. `kind` decides biases (qwen2) and qk-norm (qwen3, qwen3_moe)."""
+
+    kind: Kind
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    """MLP width of a dense layer; for qwen3_moe of one expert."""
+    experts: int = 0
+    """Experts a layer; 0 is a dense model."""
+    experts_per_token: int = 0
+    norm_topk: bool = True
+    """Whether the chosen experts' weights are scaled to sum to one."""
+    max_position: int = 512
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-6
+    tied: bool = True
+    """Whether the head is the embedding table."""
+    init_std: float = 0.02
+    extra: dict[str, object] = field(default_factory=dict, compare=False)
+    """Fields of the source config.json that the decoder does not use and that a saved copy keeps."""
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise GoriError(
+                f"{self.kv_heads} key/value heads do not divide {self.heads} query heads: "
+                f"choose one of {[k for k in range(1, self.heads + 1) if self.heads % k == 0]}"
+            )
+        if self.head_dim % 2:
+            raise GoriError(f"head_dim {self.head_dim} is odd and RoPE turns pairs: choose an even one")
+        if (self.kind == "qwen3_moe") != (self.experts > 0):
+            raise GoriError(f"kind {self.kind} with {self.experts} experts: a mixture of experts is kind qwen3_moe")
+        if self.experts and not 1 <= self.experts_per_token <= self.experts:
+            raise GoriError(f"experts_per_token {self.experts_per_token} must lie in 1..{self.experts}")
+
+    @property
+    def qk_norm(self) -> bool:
+        return self.kind in ("qwen3", "qwen3_moe")
+
+
+def rope_frequencies(cfg: ModelConfig) -> Tensor:
+    """Inverse frequencies [head_dim / 2], float32, with Llama 3's scaling where the config asks for it."""
+    inv = 1.0 / cfg.rope_theta ** (torch.arange(0, cfg.head_dim, 2, dtype=torch.int64).float() / cfg.head_dim)
+    r = cfg.rope_scaling
+    if r is None:
+        return inv
+    wavelength = 2 * math.pi / inv
+    low, high = r.original_max_position / r.low_freq_factor, r.original_max_position / r.high_freq_factor
+    smooth = (r.original_max_position / wavelength - r.low_freq_factor) / (r.high_freq_factor - r.low_freq_factor)
+    blended = (1 - smooth) * inv / r.factor + smooth * inv
+    scaled = torch.where(wavelength > low, inv / r.factor, inv)
+    return torch.where((wavelength <= low) & (wavelength >= high), blended, scaled)
+
+
+def rotate(x_BTHd: Tensor, cos_BTd: Tensor, sin_BTd: Tensor) -> Tensor:
+    """Rotary embedding in the half-split layout of Hugging Face (RoFormer, arXiv 2104.09864)."""
+    a, b = x_BTHd.chunk(2, dim=-1)
+    turned = torch.cat((-b, a), dim=-1)
+    return x_BTHd * cos_BTd.unsqueeze(-2) + turned * sin_BTd.unsqueeze(-2)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm, computed in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of every layer, `[B, K, max_len, head_dim]`, and how many positions are filled."""
+
+    def __init__(self, cfg: ModelConfig, batch: int, max_len: int, dtype: torch.dtype = torch.float32) -> None:
+        shape = (cfg.layers, batch, cfg.kv_heads, max_len, cfg.head_dim)
+        self.k = torch.zeros(shape, dtype=dtype)
+        self.v = torch.zeros(shape, dtype=dtype)
+        self.length = 0
+        self.max_len = max_len
+
+    def append(self, layer: int, k_BKTd: Tensor, v_BKTd: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values of a layer; return all of them up to now, `[B, K, S+T, head_dim]`."""
+        end = self.length + k_BKTd.shape[2]
+        if end > self.max_len:
+            raise GoriError(f"{end} tokens do not fit the KV cache of {self.max_len}: shorten the prompt or enlarge it")
+        self.k[layer, :, :, self.length : end] = k_BKTd
+        self.v[layer, :, :, self.length : end] = v_BKTd
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.cfg, self.layer = cfg, layer
+        bias = cfg.kind == "qwen2"
+        self.q_proj = nn.Linear(cfg.hidden_size, cfg.heads * cfg.head_dim, bias=bias)
+        self.k_proj = nn.Linear(cfg.hidden_size, cfg.kv_heads * cfg.head_dim, bias=bias)
+        self.v_proj = nn.Linear(cfg.hidden_size, cfg.kv_heads * cfg.head_dim, bias=bias)
+        self.o_proj = nn.Linear(cfg.heads * cfg.head_dim, cfg.hidden_size, bias=False)
+        if cfg.qk_norm:
+            self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)
+            self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)
+
+    def qkv(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries `[B, T, H, d]`, rotated keys and values `[B, T, K, d]`."""
+        B, T, d = x_BTD.shape[0], x_BTD.shape[1], self.cfg.head_dim
+        q = self.q_proj(x_BTD).view(B, T, self.cfg.heads, d)
+        k = self.k_proj(x_BTD).view(B, T, self.cfg.kv_heads, d)
+        v = self.v_proj(x_BTD).view(B, T, self.cfg.kv_heads, d)
+        if self.cfg.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        cos, sin = rope
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def forward(
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in self.qkv(x_BTD, rope))
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.cfg.heads != self.cfg.kv_heads
+        )
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Experts(nn.Module):
+    """SwiGLU experts as stacked matrices: `gate_up [E, 2I, D]` (gate first), `down [E, D, I]`."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        E, width, D = cfg.experts, cfg.intermediate_size, cfg.hidden_size
+        self.gate_up = nn.Parameter(torch.empty(E, 2 * width, D))
+        self.down = nn.Parameter(torch.empty(E, D, width))
+
+    def forward(self, x_AD: Tensor, ends_E: Tensor) -> Tensor:
+        """Rows sorted by expert and, for each expert, where its rows end (int32) → outputs `[A, D]`."""
+        gate, up = F.grouped_mm(x_AD, self.gate_up.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
+        return F.grouped_mm(F.silu(gate) * up, self.down.transpose(1, 2), offs=ends_E)
+
+
+class MoE(nn.Module):
+    """Top-k mixture of SwiGLU experts; the router's softmax is in float32 (Qwen3-MoE).
+
+    After a forward pass in training mode `balance_loss` holds Switch's auxiliary loss (arXiv 2101.03961, eq. 4, over
+    all top-k choices; 1.0 is perfect balance) and `load_E` the share of assignments that each expert got.
+    """
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.gate = nn.Linear(cfg.hidden_size, cfg.experts, bias=False)
+        self.experts = Experts(cfg)
+        self.balance_loss: Tensor | None = None
+        self.load_E: Tensor | None = None
+
+    def forward(self, x_BTD: Tensor, valid_BT: Tensor | None = None) -> Tensor:
+        x_ND = x_BTD.flatten(0, 1)
+        with torch.autocast(x_ND.device.type, enabled=False):
+            logits_NE = F.linear(x_ND.float(), self.gate.weight.float())
+        probs_NE = logits_NE.softmax(-1)
+        weight_Nk, expert_Nk = probs_NE.topk(self.cfg.experts_per_token, dim=-1)
+        if self.cfg.norm_topk:
+            weight_Nk = weight_Nk / weight_Nk.sum(-1, keepdim=True)
+        order_A = expert_Nk.flatten().argsort(stable=True)
+        ends_E = torch.bincount(expert_Nk.flatten(), minlength=self.cfg.experts).cumsum(0).to(torch.int32)
+        token_A = order_A // self.cfg.experts_per_token
+        y_AD = self.experts(x_ND[token_A], ends_E) * weight_Nk.flatten()[order_A].to(x_ND.dtype).unsqueeze(1)
+        if self.training:
+            self._measure_load(probs_NE, expert_Nk, valid_BT)
+        return torch.zeros_like(x_ND).index_add(0, token_A, y_AD.to(x_ND.dtype)).view_as(x_BTD)
+
+    def _measure_load(self, probs_NE: Tensor, expert_Nk: Tensor, valid_BT: Tensor | None) -> None:
+        if valid_BT is not None:
+            keep = valid_BT.flatten()
+            probs_NE, expert_Nk = probs_NE[keep], expert_Nk[keep]
+        load = torch.bincount(expert_Nk.flatten(), minlength=self.cfg.experts).float()
+        self.load_E = load / load.sum()
+        self.balance_loss = self.cfg.experts * (self.load_E * probs_NE.mean(0)).sum()
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
+        self.self_attn = Attention(cfg, layer)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
+        self.mlp: MLP | MoE = MoE(cfg) if cfg.experts else MLP(cfg)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KVCache | None,
+        valid_BT: Tensor | None,
+    ) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, mask, cache)
+        h_BTD = self.post_attention_layernorm(x_BTD)
+        return x_BTD + (self.mlp(h_BTD, valid_BT) if isinstance(self.mlp, MoE) else self.mlp(h_BTD))
+
+
+class Decoder(nn.Module):
+    """Token ids → hidden states → logits. `lm_head` is absent when the head is the embedding table."""
+
+    rope_freq: Tensor
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.embed_tokens: nn.Module = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.layers))
+        self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
+        if not cfg.tied:
+            self.lm_head: nn.Module = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+        self.register_buffer("rope_freq", rope_frequencies(cfg), persistent=False)
+
+    def initialise(self, generator: torch.Generator) -> Decoder:
+        """Fill every matrix from N(0, init_std), the two that write to the residual stream scaled by 1/sqrt(2 layers)."""
+        for name, p in self.named_parameters():
+            if p.dim() < 2:
+                nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
+                continue
+            residual = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down"))
+            std = self.cfg.init_std / (math.sqrt(2 * self.cfg.layers) if residual else 1.0)
+            nn.init.normal_(p, 0.0, std, generator=generator)
+        return self
+
+    def rope(self, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        angles = positions_BT.unsqueeze(-1).float() * self.rope_freq
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos(), angles.sin()
+
+    def hidden(self, ids_BT: Tensor, cache: KVCache | None = None, valid_BT: Tensor | None = None) -> Tensor:
+        """Normed last hidden states `[B, T, D]`. Padding may only stand at the right; `valid_BT` (bool) marks the rest
+        and matters to the experts' balance loss alone. With a cache, its length is the first position."""
+        start, T = (cache.length if cache else 0), ids_BT.shape[1]
+        positions = torch.arange(start, start + T, device=ids_BT.device).unsqueeze(0)
+        rope, mask = self.rope(positions), None
+        if start:
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=ids_BT.device).tril(start)
+        x_BTD = self.embed_tokens(ids_BT)
+        rope = (rope[0].to(x_BTD.dtype), rope[1].to(x_BTD.dtype))
+        for block in self.layers:
+            x_BTD = block(x_BTD, rope, mask, cache, valid_BT)
+        if cache is not None:
+            cache.length += T
+        return self.norm(x_BTD)
+
+    @property
+    def head(self) -> nn.Module:
+        """The module whose `.weight [V, D]` makes logits: `lm_head`, or the tied embedding."""
+        return self.embed_tokens if self.cfg.tied else self.lm_head
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits `[..., V]` of hidden states `[..., D]`."""
+        if self.cfg.tied:
+            as_head = getattr(self.embed_tokens, "as_head", None)
+            return as_head(hidden) if as_head else F.linear(hidden, self.embed_tokens.weight)  # type: ignore[arg-type]
+        return self.lm_head(hidden)
+
+    def forward(self, ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits `[B, T, V]` of token ids `[B, T]` (int64)."""
+        return self.logits(self.hidden(ids_BT, cache))
+
+    def moe_layers(self) -> list[MoE]:
+        return [m for m in self.modules() if isinstance(m, MoE)]
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Parameters, each shared tensor counted once."""
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,229 @@
+"""The quantized checkpoint: integers and scales on disk, and eager modules that compute with exactly those.
+
+Knows how a quantized tensor is stored and used, not how its integers were chosen (that is quantize/). Layout of
+`model.safetensors`: `<weight>.q` int8 `[out, in]`, or for 4 bits uint8 `[out, in/2]`, two values a byte, low nibble
+first; `<weight>.scale` float16 `[out, groups]`. `quantization.json` says bits, group size and activations per tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gori import checkpoint
+from gori.artifact import read_json, write_json
+from gori.errors import GoriError
+from gori.model import Decoder
+
+SCHEMA = "quantization.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class TensorScheme:
+    """How one weight is held: symmetric integers of `bits`, one scale per `group_size` inputs (0: per channel)."""
+
+    bits: int
+    group_size: int
+    activation_bits: int
+    """8: inputs are quantized per token, asymmetric int8, at run time; 16: they stay float."""
+
+
+@dataclass
+class Quantization:
+    """The content of quantization.json."""
+
+    scheme: str
+    embedding: str
+    method: str
+    tensors: dict[str, TensorScheme]
+    shared_head: bool
+    """Whether the head uses the embedding's integers."""
+    head_activation_bits: int = 16
+    """Activation bits of a shared head (a head apart has its own entry in `tensors`)."""
+    float_tensors: dict[str, str] = field(default_factory=dict)
+    """What stayed float → why."""
+    calibration: dict[str, Any] | None = None
+    """Hash and size of the calibration data; None where the method used none."""
+
+
+@dataclass
+class QuantizedTensor:
+    """Integers int8 `[out, in]` in [-2^(bits-1), 2^(bits-1)-1] and float32 scales `[out, groups]`."""
+
+    q: Tensor
+    scale: Tensor
+    scheme: TensorScheme
+
+    def dequantize(self) -> Tensor:
+        """float32 `[out, in]`: integer times its group's scale."""
+        out, width = self.q.shape
+        return (self.q.float().view(out, self.scale.shape[1], -1) * self.scale.unsqueeze(-1)).view(out, width)
+
+    def packed_bytes(self) -> int:
+        """Bytes of the integers packed and the scales at 16 bits."""
+        return self.q.numel() * self.scheme.bits // 8 + self.scale.numel() * 2
+
+
+def pack_int4(q: Tensor) -> Tensor:
+    """int8 `[out, in]` in [-8, 7] → uint8 `[out, in/2]`, low nibble first."""
+    u = (q & 0xF).to(torch.uint8)
+    return u[:, 0::2] | (u[:, 1::2] << 4)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """The inverse of `pack_int4`."""
+    both = torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2).to(torch.int8)
+    return torch.where(both > 7, both - 16, both)
+
+
+def quantize_activations(x: Tensor) -> Tensor:
+    """Round float32 `[..., D]` to per-token asymmetric int8 and back, as XNNPACK's qd8 inputs and
+    `quantized_decomposed.choose_qparams_per_token_asymmetric` do: the range includes zero, 255 steps."""
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    scale = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).eps)
+    from_low, from_high = -128 - low / scale, 127 - high / scale
+    error = (-128 + low / scale) + (127 + high / scale)
+    zero = torch.where(error > 0, from_low, from_high).clamp(-128, 127).round()
+    return ((x * (1.0 / scale)).round() + zero).clamp(-128, 127).sub(zero) * scale
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer that computes with a QuantizedTensor's dequantized integers (and rounded inputs)."""
+
+    q: Tensor
+    scale: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, t: QuantizedTensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.scheme = t.scheme
+        self.register_buffer("q", t.q)
+        self.register_buffer("scale", t.scale)
+        self.register_buffer("weight", t.dequantize(), persistent=False)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(quantize_activations(x) if self.scheme.activation_bits == 8 else x, self.weight, self.bias)
+
+
+class QuantizedEmbedding(nn.Module):
+    """An embedding table of integers; as a tied head it multiplies with the same dequantized rows."""
+
+    q: Tensor
+    scale: Tensor
+    weight: Tensor
+
+    def __init__(self, t: QuantizedTensor, head_activation_bits: int = 16) -> None:
+        super().__init__()
+        self.scheme, self.head_activation_bits = t.scheme, head_activation_bits
+        self.register_buffer("q", t.q)
+        self.register_buffer("scale", t.scale)
+        self.register_buffer("weight", t.dequantize(), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+    def as_head(self, hidden: Tensor) -> Tensor:
+        return F.linear(quantize_activations(hidden) if self.head_activation_bits == 8 else hidden, self.weight)
+
+
+def quantizable(model: Decoder) -> dict[str, nn.Linear]:
+    """Hugging Face weight name → linear layer, of every linear but the head."""
+    if model.moe_layers():
+        raise GoriError("a mixture of experts is not quantized: distill a dense student and quantize that")
+    names = {checkpoint.to_hf_name(f"{n}.weight"): m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    names.pop(HEAD, None)
+    return names
+
+
+def apply(model: Decoder, tensors: dict[str, QuantizedTensor], spec: Quantization) -> Decoder:
+    """Replace a float decoder's modules by quantized ones, in place; returns it.
+
+    A tied head that is not shared becomes an `lm_head` of its own, and `cfg.tied` false.
+    """
+    import dataclasses
+
+    for name in spec.tensors:
+        if name in (EMBEDDING, HEAD):
+            continue
+        path = name.removeprefix("model.").removesuffix(".weight")
+        parent, _, leaf = path.rpartition(".")
+        old = model.get_submodule(path)
+        bias = old.bias.detach() if isinstance(old.bias, Tensor) else None
+        setattr(model.get_submodule(parent), leaf, QuantizedLinear(tensors[name], bias))
+    if not spec.shared_head and model.cfg.tied:
+        head = nn.Linear(model.cfg.hidden_size, model.cfg.vocab_size, bias=False, device="meta")
+        head.weight = nn.Parameter(model.embed_tokens.weight.detach().clone())  # type: ignore[union-attr,operator]
+        model.lm_head, model.cfg = head, dataclasses.replace(model.cfg, tied=False)
+    if EMBEDDING in spec.tensors:
+        model.embed_tokens = QuantizedEmbedding(tensors[EMBEDDING], spec.head_activation_bits)
+    if HEAD in spec.tensors:
+        model.lm_head = QuantizedLinear(tensors[HEAD])
+    return model.eval()
+
+
+def save(
+    model: Decoder, tensors: dict[str, QuantizedTensor], spec: Quantization, directory: Path
+) -> None:
+    """Write config.json, model.safetensors and quantization.json of a *float* decoder and its integers."""
+    stored: dict[str, Tensor] = {}
+    for name, t in checkpoint.hf_tensors(model).items():
+        if name not in spec.tensors:
+            stored[name] = t
+    for name, t in tensors.items():
+        stored[f"{name}.q"] = (pack_int4(t.q) if t.scheme.bits == 4 else t.q).contiguous()
+        stored[f"{name}.scale"] = t.scale.to(torch.float16).contiguous()
+        if not torch.equal(stored[f"{name}.scale"].float(), t.scale):
+            raise AssertionError(f"scale of {name} is not exact in float16")
+    write_json(directory / "config.json", checkpoint.config_to_hf(model.cfg))
+    save_file(stored, directory / checkpoint.WEIGHTS, metadata={"format": "pt"})
+    body = asdict(spec) | {"tensors": {k: asdict(v) for k, v in sorted(spec.tensors.items())}}
+    write_json(directory / SCHEMA, body)
+
+
+def is_quantized(directory: Path) -> bool:
+    return (directory / SCHEMA).exists()
+
+
+def read(directory: Path) -> tuple[Quantization, dict[str, QuantizedTensor], dict[str, Tensor]]:
+    """quantization.json, the quantized tensors, and the float ones under their Hugging Face names."""
+    body = read_json(directory / SCHEMA)
+    try:
+        spec = Quantization(**body)
+        spec.tensors = {k: TensorScheme(**v) for k, v in body["tensors"].items()}
+    except (TypeError, KeyError) as e:
+        raise GoriError(f"{directory / SCHEMA} does not have the fields of gori's quantization.json: {e}") from e
+    raw = checkpoint.read_tensors(directory)
+    tensors = {name: _read_tensor(raw, name, scheme, directory) for name, scheme in spec.tensors.items()}
+    return spec, tensors, raw
+
+
+def _read_tensor(raw: dict[str, Tensor], name: str, scheme: TensorScheme, directory: Path) -> QuantizedTensor:
+    try:
+        q, scale = raw.pop(f"{name}.q"), raw.pop(f"{name}.scale").float()
+    except KeyError as e:
+        raise GoriError(f"{directory} lacks the tensor {e.args[0]} that {SCHEMA} names") from e
+    q = unpack_int4(q) if scheme.bits == 4 else q
+    groups = q.shape[1] // scheme.group_size if scheme.group_size else 1
+    if scale.shape != (q.shape[0], groups):
+        raise GoriError(f"{directory}: {name}.scale has shape {list(scale.shape)}, expected {[q.shape[0], groups]}")
+    return QuantizedTensor(q, scale, scheme)
+
+
+def load(directory: Path) -> Decoder:
+    """A decoder from a float or quantized folder; the quantized one computes with its stored integers."""
+    directory = Path(directory)
+    if not is_quantized(directory):
+        return checkpoint.load(directory)
+    cfg = checkpoint.read_config(directory)
+    spec, tensors, raw = read(directory)
+    floats = raw | {k: t.dequantize() for k, t in tensors.items()}
+    return apply(checkpoint.load_tensors(cfg, floats, directory, torch.float32), tensors, spec)

@@ -1,0 +1,1 @@
+"""One Session over every artifact: prefill, decode, generate, bench."""

@@ -1,0 +1,1 @@
+"""Train a mixture-of-experts teacher: the loop, its optimizers and its checkpoints."""
