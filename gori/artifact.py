@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import gori
+from gori import console
 from gori.errors import GoriError
 
 MANIFEST = "manifest.json"
@@ -209,3 +210,17 @@ def gate(name: str, value: float, bound: float, *, at_least: bool) -> dict[str, 
 
 def input_hashes(paths: Mapping[str, Path]) -> dict[str, str]:
     return {label: content_hash(p) for label, p in paths.items()}
+
+
+def make(out: Path, manifest: Manifest, build: Callable[[Path], None]) -> bool:
+    """Run a stage unless `out` already holds what it would write; returns whether it ran.
+
+    `build(tmp)` writes the files into a temporary directory and fills the manifest's metrics, gates and notes.
+    """
+    if is_current(out, manifest.fingerprint):
+        console.log(f"{manifest.stage} {manifest.name}: unchanged, skipped ({out})")
+        return False
+    with writing(out) as tmp:
+        build(tmp)
+        manifest.write(tmp)
+    return True

@@ -1,0 +1,101 @@
+"""From the graph to the bytes of a .pte: torch.export, XNNPACK for every linear, memory planning.
+
+Knows nothing of checkpoints. Two hooks make it fast, both specific to the pinned ExecuTorch: nothing that XNNPACK takes
+is decomposed first, and each delegate runs one conversion pass in place of seventeen (docs/executorch.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
+from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir.backend.backend_details import CompileSpec
+from executorch.exir.backend.partitioner import DelegationSpec, PartitionResult
+from executorch.exir.dialects._ops import ops as exir_ops
+from executorch.exir.passes import MemoryPlanningPass
+from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
+from torch.export import Dim, ExportedProgram
+from torch.fx import Node
+
+from gori.errors import GoriError
+from gori.export.executorch_graph import Graph
+
+decomposed, edge = torch.ops.quantized_decomposed, exir_ops.edge.aten
+KEPT_WHOLE = [
+    torch.ops.aten.linear.default,
+    decomposed.choose_qparams_per_token_asymmetric.default,
+    decomposed.quantize_per_token.default,
+    decomposed.dequantize_per_token.default,
+    decomposed.dequantize_per_channel.default,
+    decomposed.dequantize_per_channel_group.default,
+]
+MATMULS = {edge.linear.default, edge.mm.default, edge.addmm.default, edge.bmm.default, edge.matmul.default}
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A program's bytes and which linear layers XNNPACK holds in it, by module path."""
+
+    pte: bytes
+    delegated: tuple[str, ...]
+
+
+class Partitioner(XnnpackPartitioner):
+    """XNNPACK's partitioner with the two hooks; it refuses a graph in which a linear would stay on a slow kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # an undocumented key of xnnpack_preprocess: only ConvertToLinearPass runs. The other passes concern
+        # convolutions, batch norm and copies, none of which this graph has
+        self.delegation_spec = DelegationSpec(XnnpackBackend.__name__, [CompileSpec("dqlinear_partitioner", b"")])
+        self.delegated: tuple[str, ...] = ()
+
+    def ops_to_not_decompose(
+        self, ep: ExportedProgram
+    ) -> tuple[list[torch._ops.OpOverload], Callable[[Node], bool] | None]:
+        return KEPT_WHOLE, None
+
+    def partition(self, exported_program: ExportedProgram) -> PartitionResult:
+        result = super().partition(exported_program)
+        matmuls = [n for n in exported_program.graph.nodes if n.target in MATMULS]
+        left = [_module_path(n) for n in matmuls if "delegation_tag" not in n.meta]
+        if left:
+            raise GoriError(
+                f"XNNPACK did not take {len(left)} of {len(matmuls)} linear layers ({', '.join(left)}): "
+                "they would run on a kernel many times slower, so nothing was written; choose another scheme"
+            )
+        self.delegated = tuple(_module_path(n) for n in matmuls)
+        return result
+
+
+def _module_path(node: Node) -> str:
+    """`layers.0.q_proj`, the innermost module that the node came from."""
+    stack = node.meta.get("nn_module_stack") or {"": (node.name, None)}
+    return next(reversed(stack.values()))[0]
+
+
+def lower(graph: Graph, chunk: int, metadata: dict[str, int | bool | list[int]]) -> Lowered:
+    """The .pte of a graph whose calls take 1..chunk tokens; `metadata` become methods that return constants."""
+    example = (torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    shapes = {"tokens": {1: Dim("S", min=1, max=chunk)}, "input_pos": None}
+    with torch.no_grad():
+        exported = torch.export.export(graph, example, dynamic_shapes=shapes, strict=False)
+    partitioner = Partitioner()
+    program = to_edge_transform_and_lower(
+        exported,
+        partitioner=[partitioner],
+        constant_methods=metadata,
+        compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+    ).to_executorch(
+        ExecutorchBackendConfig(
+            extract_delegate_segments=True,
+            do_quant_fusion_and_const_prop=False,
+            memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
+            sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
+        )
+    )
+    return Lowered(bytes(program.buffer), partitioner.delegated)

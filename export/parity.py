@@ -1,0 +1,193 @@
+"""Whether an engine computes what the eager model computes, judged by the noise floor of that model.
+
+Float32 sums in another order flip the rounding of int8 activations, so two faithful engines differ by far more than
+float32's precision, and by how much depends on the model. The floor is therefore measured: the eager model against
+itself with noise of one unit in the last place. Knows nothing of files or of how an engine was made.
+
+Shapes in names: T tokens of a prompt, N positions compared, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gori.errors import GoriError
+from gori.model import Decoder, RMSNorm
+from gori.runtime.session import Session
+
+Prompt = Sequence[int]
+
+RELATIVE_NOISE = 1e-7
+"""About one unit in the last place of float32 (2^-23 = 1.2e-7)."""
+FACTOR = 1.5
+"""How far above the floor an engine may lie: the mean KL of one floor run differs from another's by up to 1.4 (docs)."""
+KL_EPSILON = 1e-6
+"""Added to the floor, in nats. Where nothing is rounded the floor is float32's own 1e-10; a KL of 1e-6 is a logit error
+of about 1e-3, a hundredth of what int4 weights cost and less than changes one greedy token in a thousand."""
+LOGIT_EPSILON = 1e-5
+"""Of the largest logit: what float32 sums in another order differ by when nothing is rounded (3e-6 was measured)."""
+DECODED = 16
+"""Tokens of each prompt that are also decoded one by one."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far one set of logits lies from another."""
+
+    positions: int
+    max_abs: float
+    """Largest |difference of a logit|, of all positions; the next two are over each position's largest."""
+    abs_p05: float
+    abs_median: float
+    kl_mean: float
+    """KL(reference ‖ other) in nats, over positions."""
+    kl_p99: float
+    kl_max: float
+    top1: float
+    """Share of positions whose largest logit is the same."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """An engine's gap, the model's noise floor, and the verdict, which has two halves.
+
+    The mean KL over all positions: a maximum is one draw from a heavy tail and differs twofold between two floors, a
+    mean of a hundred positions does not. But once roundings have flipped, the floor hides errors smaller than itself;
+    so where most *single* tokens pass without a flip in the floor, the best of them must in the engine, too.
+    """
+
+    engine: Gap
+    floor: Gap
+    single_engine: Gap
+    """The same over prompts of one token, where few activations are rounded."""
+    single_floor: Gap
+    kl_bound: float
+    """FACTOR times the floor's mean KL plus KL_EPSILON."""
+    single_bound: float
+    """FACTOR times the median of the floor's largest differences plus LOGIT_EPSILON of the largest logit."""
+
+    @property
+    def met(self) -> bool:
+        return self.engine.kl_mean <= self.kl_bound and self.single_engine.abs_p05 <= self.single_bound
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "met": self.met}
+
+
+def gap(got_NV: Tensor, want_NV: Tensor) -> Gap:
+    """Compare float32 logits `[N, V]` with a reference's. KL in float64: float32's own rounding is 1e-7."""
+    p, q = want_NV.double().log_softmax(-1), got_NV.double().log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1).clamp(min=0)
+    largest_N = (got_NV - want_NV).abs().amax(-1).double()
+    return Gap(
+        positions=len(kl),
+        max_abs=float(largest_N.max()),
+        abs_p05=float(largest_N.quantile(0.05)),
+        abs_median=float(largest_N.median()),
+        kl_mean=float(kl.mean()),
+        kl_p99=float(kl.quantile(0.99)),
+        kl_max=float(kl.max()),
+        top1=float((got_NV.argmax(-1) == want_NV.argmax(-1)).double().mean()),
+    )
+
+
+def positions(length: int) -> list[int]:
+    """Positions of a prompt that are compared: those decoded after the first half, and the last."""
+    half = (length + 1) // 2
+    return sorted({*range(half - 1, min(half + DECODED, length)), length - 1})
+
+
+def engine_logits(session: Session, prompt: Prompt) -> Tensor:
+    """Logits at `positions` of a prompt: a prefill of half, single tokens after it, and a prefill of the whole."""
+    at, half = positions(len(prompt)), (len(prompt) + 1) // 2
+    session.reset()
+    whole = session.prefill(prompt)
+    session.reset()
+    rows = {half - 1: session.prefill(prompt[:half])}
+    for i in range(half, min(half + DECODED, len(prompt))):
+        rows[i] = session.decode(prompt[i])
+    rows[len(prompt) - 1] = whole
+    return torch.from_numpy(np.stack([rows[i] for i in at]))
+
+
+def eager_logits(model: Decoder, prompt: Prompt) -> Tensor:
+    """The eager model's logits at the same positions, all from one pass without a cache."""
+    with torch.inference_mode():
+        hidden_TD = model.hidden(torch.tensor([list(prompt)]))[0]
+        return model.logits(hidden_TD[positions(len(prompt))])
+
+
+def noisy_logits(model: Decoder, prompt: Prompt, seed: int) -> Tensor:
+    """`eager_logits` with relative noise of one last place on the embedding and behind every norm: an engine that sums
+    in another order differs everywhere, not only at the input."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def disturb(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output * (1 + RELATIVE_NOISE * torch.randn(output.shape, generator=generator))
+
+    sites = [model.embed_tokens, *(m for m in model.modules() if isinstance(m, RMSNorm))]
+    hooks = [m.register_forward_hook(disturb) for m in sites]
+    try:
+        return eager_logits(model, prompt)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def noise_floor(model: Decoder, prompts: Sequence[Prompt], seeds: Sequence[int] = (0, 1, 2)) -> Gap:
+    """The eager model against itself with noise; each field is the worst over seeds."""
+    want = torch.cat([eager_logits(model, p) for p in prompts])
+    gaps = [gap(torch.cat([noisy_logits(model, p, seed) for p in prompts]), want) for seed in seeds]
+    worst = {f.name: max(getattr(g, f.name) for g in gaps) for f in fields(Gap)}
+    return Gap(**(worst | {"top1": min(g.top1 for g in gaps)}))
+
+
+def measure_parity(session: Session, model: Decoder, prompts: Sequence[Prompt]) -> Parity:
+    """Run the prompts in both. At least one must be a single token (`default_prompts` has sixteen)."""
+    single = [p for p in prompts if len(p) == 1]
+    floor, single_floor = noise_floor(model, prompts), noise_floor(model, single)
+    want, got = ([eager_logits(model, p) for p in prompts], [engine_logits(session, p) for p in prompts])
+    single_want = torch.cat([w for w, p in zip(want, prompts, strict=True) if len(p) == 1])
+    single_got = torch.cat([g for g, p in zip(got, prompts, strict=True) if len(p) == 1])
+    return Parity(
+        engine=gap(torch.cat(got), torch.cat(want)),
+        floor=floor,
+        single_engine=gap(single_got, single_want),
+        single_floor=single_floor,
+        kl_bound=FACTOR * floor.kl_mean + KL_EPSILON,
+        single_bound=FACTOR * single_floor.abs_median + LOGIT_EPSILON * float(single_want.abs().max()),
+    )
+
+
+def describe(found: Parity) -> str:
+    """One line for a log."""
+    e, f = found.engine, found.floor
+    return (
+        f"parity on {e.positions} positions, noise floor in brackets: KL {e.kl_mean:.2e} ({f.kl_mean:.2e}), "
+        f"max |Δlogit| {e.max_abs:.2e} ({f.max_abs:.2e}), top-1 {e.top1:.3f} ({f.top1:.3f})"
+    )
+
+
+def require_parity(found: Parity, engine: str) -> None:
+    """GoriError unless the verdict is met."""
+    if not found.met:
+        raise GoriError(
+            f"{engine} does not compute the checkpoint's logits: mean KL {found.engine.kl_mean:.2e} over "
+            f"{found.engine.positions} positions (allowed {found.kl_bound:.2e}), smallest |Δlogit| of single tokens "
+            f"{found.single_engine.abs_p05:.2e} (allowed {found.single_bound:.2e}): nothing was written; "
+            "try another version of the engine and report the model's config.json"
+        )
+
+
+def default_prompts(vocab_size: int, context: int, chunk: int, seed: int) -> list[list[int]]:
+    """Random prompts of the lengths at which engines go wrong: one token, a chunk's boundary, a full context."""
+    generator = torch.Generator().manual_seed(seed)
+    wanted = [1] * 16 + [2, 3, 9, 33, chunk - 1, chunk, chunk + 1, context]
+    lengths = [n for n in wanted if 1 <= n <= context]
+    return [torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in lengths]

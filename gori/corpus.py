@@ -1,0 +1,122 @@
+"""The conversations of one recipe: tools, training, dev and test rows, and how an epoch's token ids are made of them.
+
+Swapping values (a share of rows get other values of the same arguments, in utterance and call alike) teaches copying:
+the words around a value stay, the value changes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from gori.artifact import content_hash
+from gori.calls import Call, Function, read_tools
+from gori.data import Conversation, Example, Turn, encode, read_conversations
+from gori.errors import GoriError
+from gori.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Everything that is read from files, checked."""
+
+    functions: dict[str, Function]
+    train: list[Conversation]
+    dev: list[Conversation]
+    tests: dict[str, list[Conversation]]
+    """Split name (its file's stem) → rows."""
+    files: dict[str, Path]
+
+
+def read(train: Path, dev: Path, tests: Sequence[Path], tools: Path) -> Corpus:
+    """Read and check every file of a corpus."""
+    functions = read_tools(tools)
+    splits: dict[str, list[Conversation]] = {}
+    for path in tests:
+        if path.stem in splits:
+            raise GoriError(f"two test files are named {path.stem!r}: rename one, results are told apart by it")
+        splits[path.stem] = read_conversations(path, functions)
+    files = {"train": train, "dev": dev, "tools": tools} | {f"test/{p.stem}": p for p in tests}
+    return Corpus(
+        functions, read_conversations(train, functions), read_conversations(dev, functions), splits, files
+    )
+
+
+def hashes(corpus: Corpus) -> dict[str, str]:
+    return {k: content_hash(p) for k, p in sorted(corpus.files.items())}
+
+
+def training_texts(rows: Sequence[Conversation]) -> list[str]:
+    """What a tokenizer is trained on: each thing said and each string value, a space before it as in the template."""
+    texts: list[str] = []
+    for c in rows:
+        texts += [f" {t.content}" for t in c.turns if t.content]
+        for call in c.answer.calls or ():
+            texts += [f" {v}" for a in call.arguments.values() for v in (a if isinstance(a, list) else [a])]
+    return texts
+
+
+def epochs(
+    rows: Sequence[Conversation], tokenizer: Tokenizer, max_tokens: int, seed: int, swap_values: float
+) -> Callable[[int], Sequence[Example]]:
+    """Epoch number → its examples. A row longer than `max_tokens` is refused, not cut."""
+    plain = [encode(c, tokenizer) for c in rows]
+    for c, e in zip(rows, plain, strict=True):
+        if len(e.ids) > max_tokens:
+            raise GoriError(
+                f"a row has {len(e.ids)} tokens, the model's max_position is {max_tokens}: raise it or shorten "
+                f"the row that begins {c.utterance[:40]!r}"
+            )
+    if not swap_values:
+        return lambda _: plain
+    pool = values_by_argument(rows)
+
+    def examples(epoch: int) -> Sequence[Example]:
+        rng = np.random.default_rng([seed, 7919, epoch])
+        draws = rng.random(len(rows))
+        out = []
+        for c, e, draw in zip(rows, plain, draws, strict=True):
+            if draw < swap_values:
+                swapped = encode(swap(c, pool, rng), tokenizer)
+                e = swapped if len(swapped.ids) <= max_tokens else e
+            out.append(e)
+        return out
+
+    return examples
+
+
+def values_by_argument(rows: Sequence[Conversation]) -> dict[str, list[str]]:
+    """Argument name → the distinct string values that stand verbatim in their utterances, in order of appearance."""
+    pool: dict[str, dict[str, None]] = defaultdict(dict)
+    for c in rows:
+        for call in c.answer.calls or ():
+            for name, value in call.arguments.items():
+                if isinstance(value, str) and find_value(c.utterance, value):
+                    pool[name][value] = None
+    return {name: list(values) for name, values in pool.items()}
+
+
+def find_value(utterance: str, value: str) -> re.Match[str] | None:
+    """Where a value stands in an utterance, once and at a word's beginning (a Korean particle may follow it)."""
+    found = list(re.finditer(rf"(?<!\S){re.escape(value)}(?![A-Za-z0-9])", utterance))
+    return found[0] if len(found) == 1 else None
+
+
+def swap(c: Conversation, pool: Mapping[str, Sequence[str]], rng: np.random.Generator) -> Conversation:
+    """The same request with other values for the string arguments that stand verbatim in it."""
+    utterance, calls = c.utterance, []
+    for call in c.answer.calls or ():
+        arguments = dict(call.arguments)
+        for name, value in call.arguments.items():
+            found = find_value(utterance, value) if isinstance(value, str) else None
+            if found and len(pool.get(name, ())) > 1:
+                arguments[name] = pool[name][int(rng.integers(len(pool[name])))]
+                utterance = utterance[: found.start()] + arguments[name] + utterance[found.end() :]
+        calls.append(Call(call.name, arguments))
+    turns = [replace(t, content=utterance) if t.content == c.utterance else t for t in c.turns[:-1]]
+    return Conversation((*turns, Turn("assistant", None, tuple(calls)) if c.answer.calls is not None else c.answer))

@@ -1,0 +1,246 @@
+"""Every stage of a recipe, in order, each skipped when nothing changed and continued when it was cut off.
+
+Stages meet on disk: OUT/{data,tokenizer,teacher,distill,control,quantize,quantize-SCHEME,export/TARGET,evaluate/MODEL},
+then OUT/summary.json and OUT/report.html. Nothing imports this file but commands.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gori import console, corpus
+from gori.artifact import MANIFEST, Manifest, content_hash, is_current, make, read_manifest, write_json
+from gori.errors import GateError, GoriError
+from gori.gates import verdicts
+from gori.quantize.schemes import canonical
+from gori.recipe import Recipe
+
+STAGES = ("data", "tokenizer", "teacher", "distill", "control", "quantize", "export", "evaluate", "report")
+TOKENIZER_ROWS = 40000
+"""Training rows that the tokenizer is trained on, at most."""
+
+
+@dataclass
+class Run:
+    """One recipe being run into one directory."""
+
+    recipe: Recipe
+    out: Path
+    _corpus: corpus.Corpus | None = None
+
+    def dir(self, stage: str) -> Path:
+        return self.out / stage
+
+    @property
+    def corpus(self) -> corpus.Corpus:
+        """The conversations, read once."""
+        if self._corpus is None:
+            d = self.recipe.data
+            if d.builtin:
+                from gori import incar
+
+                base = self.dir("data")
+                tests = [base / f"{name}.jsonl" for name in incar.TEST_SPLITS]
+                self._corpus = corpus.read(base / "train.jsonl", base / "dev.jsonl", tests, base / "tools.json")
+            else:
+                tests = [Path(p) for p in ([d.test] if isinstance(d.test, str) else d.test)]
+                self._corpus = corpus.read(Path(d.train or ""), Path(d.dev or ""), tests, Path(d.tools or ""))
+        return self._corpus
+
+    @property
+    def teacher_dir(self) -> Path:
+        return Path(self.recipe.teacher.path) if self.recipe.teacher.path else self.dir("teacher")
+
+    def models(self) -> dict[str, Path]:
+        """Every model that is evaluated, by the name it has in the summary."""
+        r = self.recipe
+        found = {"teacher": self.teacher_dir, "student": self.dir("distill")}
+        if r.distill.control != "none":
+            found["control"] = self.dir("control")
+        found |= {scheme: self.quantized_dir(scheme) for scheme in self.schemes()}
+        return found | {e.target: self.dir("export") / e.target for e in r.export}
+
+    def schemes(self) -> list[str]:
+        q = self.recipe.quantize
+        return list(dict.fromkeys([*(canonical(s) for s in q.compare), canonical(q.scheme)]))
+
+    def quantized_dir(self, scheme: str) -> Path:
+        return self.dir("quantize" if scheme == canonical(self.recipe.quantize.scheme) else f"quantize-{scheme}")
+
+
+def stage_data(run: Run) -> None:
+    """Make the built-in corpus, or check one's own files and note their hashes."""
+    d = run.recipe.data
+    manifest = Manifest("data", d.builtin or "files", run.recipe.seed, d.model_dump(), {})
+    if d.builtin:
+        from gori import incar
+
+        def build(tmp: Path) -> None:
+            incar.write(tmp, run.recipe.seed, train=d.rows, test=d.test_rows)
+
+        make(run.dir("data"), manifest, build)
+        return
+    manifest.inputs = corpus.hashes(run.corpus)
+
+    def note(tmp: Path) -> None:
+        (tmp / "tools.json").write_bytes(Path(d.tools or "").read_bytes())
+        c = run.corpus
+        splits = {"train": c.train, "dev": c.dev, **c.tests}
+        manifest.metrics |= {"rows": {k: len(v) for k, v in splits.items()}, "functions": len(c.functions)}
+
+    make(run.dir("data"), manifest, note)
+
+
+def stage_tokenizer(run: Run) -> None:
+    from gori import tokenizer
+
+    section = run.recipe.tokenizer
+    teacher = run.recipe.teacher.path
+    inputs = {"teacher": content_hash(Path(teacher))} if teacher else corpus.hashes(run.corpus)
+    manifest = Manifest("tokenizer", "tokenizer", run.recipe.seed, section.model_dump(), inputs)
+
+    def build(tmp: Path) -> None:
+        if teacher:
+            tokenizer.copy_files(Path(teacher), tmp)
+            return
+        texts = corpus.training_texts(run.corpus.train[:TOKENIZER_ROWS])
+        trained = tokenizer.train(texts, run.corpus.functions, section.vocab_size)
+        trained.save(tmp)
+        (tmp / "tools.json").write_bytes((run.dir("data") / "tools.json").read_bytes())
+        manifest.metrics["vocab_size"] = trained.vocab_size
+
+    make(run.dir("tokenizer"), manifest, build)
+
+
+def stage_teacher(run: Run) -> None:
+    if run.recipe.teacher.path:
+        console.log(f"teacher: {run.recipe.teacher.path}, taken as it is")
+        return
+    from gori.teacher.stage import train_teacher
+
+    r = run.recipe
+    train_teacher(r.teacher, run.corpus, run.dir("tokenizer"), r.seed, run.dir("teacher"))
+
+
+def stage_distill(run: Run) -> None:
+    from gori.distill.stage import train_student
+
+    r = run.recipe
+    train_student(
+        r.student, r.distill, run.teacher_dir, run.corpus, run.dir("tokenizer"), r.seed, run.dir("distill")
+    )
+
+
+def stage_control(run: Run) -> None:
+    r = run.recipe
+    if r.distill.control == "none":
+        return
+    from gori.distill.stage import train_control
+
+    train_control(
+        r.student, r.distill, run.teacher_dir, run.corpus, run.dir("tokenizer"), r.seed, run.dir("control")
+    )
+
+
+def stage_quantize(run: Run) -> None:
+    from gori.quantize.stage import quantize
+
+    q = run.recipe.quantize
+    for scheme in run.schemes():
+        embedding = q.embedding if scheme == canonical(q.scheme) else None
+        quantize(run.dir("distill"), scheme, embedding, q.method, run.quantized_dir(scheme))
+
+
+def stage_export(run: Run) -> None:
+    from gori.export.executorch import export_executorch
+
+    for e in run.recipe.export:
+        export_executorch(run.dir("quantize"), run.dir("export") / e.target, context=e.context)
+
+
+def stage_evaluate(run: Run) -> None:
+    from gori.runtime.evaluation import evaluate_model
+
+    tests = {k: v for k, v in corpus.hashes(run.corpus).items() if k.startswith("test/") or k == "tools"}
+    for name, directory in run.models().items():
+        manifest = Manifest("evaluate", name, 0, {}, {"model": content_hash(directory), **tests})
+
+        def build(tmp: Path, name: str = name, directory: Path = directory, manifest: Manifest = manifest) -> None:
+            started = time.monotonic()
+            rows = evaluate_model(directory, run.corpus.tests, run.corpus.functions, name)
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (tmp / "answers.jsonl").write_text("".join(lines), encoding="utf-8")
+            manifest.metrics["evaluate_seconds"] = round(time.monotonic() - started, 1)
+
+        make(run.dir("evaluate") / name, manifest, build)
+
+
+def stage_report(run: Run) -> None:
+    from gori.report import write_report
+    from gori.summary import summarize
+
+    summary = summarize(run.out, run.models(), run.recipe, canonical(run.recipe.quantize.scheme))
+    summary["gates"] = verdicts(run.recipe.gates, run.recipe.budget, summary)
+    write_json(run.out / "summary.json", summary)
+    write_report(run.out, summary, run.recipe)
+
+
+RUNNERS: dict[str, Callable[[Run], None]] = {
+    "data": stage_data,
+    "tokenizer": stage_tokenizer,
+    "teacher": stage_teacher,
+    "distill": stage_distill,
+    "control": stage_control,
+    "quantize": stage_quantize,
+    "export": stage_export,
+    "evaluate": stage_evaluate,
+    "report": stage_report,
+}
+
+
+def run_recipe(recipe: Recipe, out: Path, until: str = "report", dry_run: bool = False) -> dict[str, Any] | None:
+    """Run a recipe's stages into `out` up to `until`; returns the summary where it came to one.
+
+    Raises GateError after everything is written where a gate or the budget is not met.
+    """
+    if until not in STAGES:
+        raise GoriError(f"stage {until!r} is unknown: choose one of {', '.join(STAGES)}")
+    run = Run(recipe, out)
+    if dry_run:
+        for stage, state in plan(run, until):
+            console.log(f"{stage:<10} {state}")
+        return None
+    for stage in STAGES[: STAGES.index(until) + 1]:
+        started = time.monotonic()
+        console.log(f"── {stage}")
+        RUNNERS[stage](run)
+        console.log(f"   {stage} took {time.monotonic() - started:.1f} s")
+    if until != "report":
+        return None
+    summary: dict[str, Any] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    if missed := [g for g in summary["gates"] if not g["met"]]:
+        first = "; ".join(f"{g['name']} is {g['value']:.4g}, bound {g['bound']}" for g in missed)
+        raise GateError(f"{len(missed)} of {len(summary['gates'])} gates not met: {first} (everything is in {out})")
+    return summary
+
+
+def plan(run: Run, until: str) -> Iterator[tuple[str, str]]:
+    """What each stage would do, as far as can be told before an earlier one has run."""
+    changed = False
+    for stage in STAGES[: STAGES.index(until) + 1]:
+        directory = run.out / (stage if stage != "export" else "export/executorch")
+        if stage in ("evaluate", "report"):
+            yield stage, "runs" if changed else "runs where a model changed"
+        elif (directory / MANIFEST).exists() and not changed:
+            body = read_manifest(directory)
+            whole = is_current(directory, body["fingerprint"])
+            yield stage, "is there, skipped if its settings are unchanged" if whole else "files changed: runs again"
+            changed = not whole
+        else:
+            changed = True
+            yield stage, "continues from its checkpoint" if (run.out / f".{stage}.training.pt").exists() else "runs"

@@ -1,0 +1,212 @@
+"""recipe.yaml: what a run is made of, as pydantic models. Unknown keys are refused with the nearest known one.
+
+Config is data: stages unpack these sections into arguments and do not pass them on to algorithms.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gori.errors import GoriError, nearest
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(Section):
+    """Where the conversations are."""
+
+    builtin: Literal["incar"] | None = None
+    """The built-in in-car task, made from the seed; then no file is named."""
+    rows: int = Field(30000, ge=100)
+    """Training rows of the built-in task."""
+    test_rows: int = Field(300, ge=10)
+    """Rows of each test split of the built-in task."""
+    train: str | None = None
+    dev: str | None = None
+    test: str | list[str] = []
+    """One file or several; each is a split named after the file."""
+    tools: str | None = None
+
+
+class TokenizerSection(Section):
+    vocab_size: int = Field(2048, ge=300)
+
+
+class Train(Section):
+    """One training run; see gori.teacher.train.TrainSettings for each field."""
+
+    steps: int = Field(600, ge=1)
+    batch_tokens: int = Field(1024, ge=16)
+    muon_lr: float = Field(4e-3, gt=0)
+    adam_lr: float = Field(4e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(30, ge=0)
+    final_lr: float = Field(0.0, ge=0, le=1)
+    clip: float = Field(1.0, gt=0)
+    muon_steps: int = Field(5, ge=1)
+    evaluate_every: int = Field(0, ge=0)
+    swap_values: float = Field(0.0, ge=0, le=1)
+    """Share of rows whose string values are swapped, in utterance and call, for other values of the same argument."""
+    compile: bool = False
+    threads: int | None = Field(None, ge=1)
+    """CPU threads; null: one for each core."""
+
+
+class Shape(Section):
+    """A decoder's shape."""
+
+    hidden_size: int = Field(128, ge=8)
+    layers: int = Field(4, ge=1)
+    heads: int = Field(4, ge=1)
+    kv_heads: int = Field(2, ge=1)
+    head_dim: int = Field(32, ge=2)
+    intermediate_size: int = Field(256, ge=8)
+    tied: bool = True
+    init_std: float = Field(0.01, gt=0)
+    max_position: int = Field(256, ge=16)
+
+
+class Teacher(Shape):
+    """A mixture of experts that is trained, or a folder that is taken."""
+
+    path: str | None = None
+    """A checkpoint folder with the same tokenizer; then nothing is trained."""
+    experts: int = Field(8, ge=2)
+    experts_per_token: int = Field(2, ge=1)
+    balance: float = Field(0.01, ge=0)
+    """Weight of the load-balancing auxiliary loss."""
+    train: Train = Train()
+
+
+class Student(Shape):
+    kind: Literal["llama", "qwen2", "qwen3"] = "qwen3"
+
+
+class Distill(Section):
+    """How the student learns."""
+
+    init: Literal["teacher", "random"] = "teacher"
+    layers: list[int] | None = None
+    """Teacher layers that the student takes; null: evenly spaced."""
+    losses: dict[str, float] = {"forward_kl": 1.0}
+    """Weights of forward_kl, reverse_kl, jsd, ce."""
+    temperature: float = Field(1.0, gt=0)
+    train: Train = Train()
+    control: Literal["none", "random", "teacher"] = "random"
+    """A control run with the same steps on the true answers alone (ce), from these first weights; none: no control."""
+
+
+class Quantize(Section):
+    scheme: str = "w4a8-g32"
+    """The scheme that is exported."""
+    embedding: str | None = None
+    """The embedding table's scheme; null: the linear scheme's bits and groups."""
+    method: Literal["rtn"] = "rtn"
+    compare: list[str] = []
+    """Further schemes that are made and evaluated, not exported."""
+
+
+class Export(Section):
+    target: Literal["executorch"] = "executorch"
+    context: int | None = Field(None, ge=16)
+    """Longest prompt plus answer in tokens; null: the student's max_position, at most 512."""
+
+
+class Recipe(Section):
+    name: str
+    seed: int = 0
+    data: Data
+    tokenizer: TokenizerSection = TokenizerSection()
+    teacher: Teacher = Teacher()
+    student: Student = Student()
+    distill: Distill = Distill()
+    quantize: Quantize = Quantize()
+    export: list[Export] = [Export()]
+    gates: dict[str, str] = {}
+    """`"accuracy.executorch.template.exact": ">= 0.8"`: a dotted path into summary.json, or a ratio of two with ` / `."""
+    budget: dict[Literal["bytes"], int] = {}
+    """Largest exported file, bytes."""
+
+
+def load(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe and apply `KEY=VALUE` overrides (dotted keys, YAML values); file paths are relative to it."""
+    try:
+        body = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise GoriError(f"recipe {path} does not exist: `gori init DIR` writes one") from e
+    except UnicodeDecodeError as e:
+        raise GoriError(f"recipe {path} is not UTF-8 at byte {e.start}") from e
+    except yaml.YAMLError as e:
+        raise GoriError(f"recipe {path} is not YAML: {' '.join(str(e).split())}") from e
+    if not isinstance(body, dict):
+        raise GoriError(f"recipe {path} must be a mapping of sections, got {type(body).__name__}")
+    _resolve_paths(body, Path(path).parent)
+    for override in overrides:
+        _override(body, override)
+    return parse(body, str(path))
+
+
+def parse(body: dict[str, Any], source: str) -> Recipe:
+    """Validate a recipe's content; each problem is one sentence."""
+    try:
+        recipe = Recipe.model_validate(body)
+    except ValidationError as e:
+        raise GoriError(f"{source}: {_sentence(e)}") from e
+    _check_data(recipe.data, source)
+    return recipe
+
+
+def _resolve_paths(body: dict[str, Any], base: Path) -> None:
+    def resolve(p: Any) -> Any:
+        if isinstance(p, list):
+            return [resolve(x) for x in p]
+        return str(base / p) if isinstance(p, str) else p
+
+    for section, keys in (("data", ("train", "dev", "test", "tools")), ("teacher", ("path",))):
+        if isinstance(body.get(section), dict):
+            body[section] |= {k: resolve(body[section][k]) for k in keys if body[section].get(k)}
+
+
+def _override(body: dict[str, Any], override: str) -> None:
+    key, eq, value = override.partition("=")
+    if not eq or not key:
+        raise GoriError(f"--set {override!r}: expected KEY=VALUE, as in --set distill.train.steps=500")
+    *parents, leaf = key.split(".")
+    at: Any = body
+    for part in parents:
+        at = at.setdefault(part, {}) if isinstance(at, dict) else at[int(part)]
+    at[leaf] = yaml.safe_load(value)
+
+
+def _sentence(e: ValidationError) -> str:
+    first = e.errors()[0]
+    place = ".".join(str(p) for p in first["loc"])
+    if first["type"] != "extra_forbidden":
+        more = f" (and {e.error_count() - 1} more)" if e.error_count() > 1 else ""
+        return f"{place}: {first['msg']}, got {first.get('input')!r}{more}"
+    model: Any = Recipe
+    for part in first["loc"][:-1]:
+        if isinstance(part, str):
+            model = _inner(model.model_fields[part].annotation)
+    return f"unknown key {place}{nearest(str(first['loc'][-1]), model.model_fields)}"
+
+
+def _inner(annotation: Any) -> Any:
+    """The section model inside an annotation such as `list[Export]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(a for a in annotation.__args__ if isinstance(a, type) and issubclass(a, BaseModel))
+
+
+def _check_data(d: Data, source: str) -> None:
+    named = [k for k in ("train", "dev", "tools") if getattr(d, k)]
+    if d.builtin and named:
+        raise GoriError(f"{source}: data.builtin makes its own files, so data.{named[0]} cannot be named with it")
+    if not d.builtin and (missing := [k for k in ("train", "dev", "tools", "test") if not getattr(d, k)]):
+        raise GoriError(f"{source}: data.{missing[0]} is missing: name a file, as in --set data.{missing[0]}=FILE")

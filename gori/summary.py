@@ -1,0 +1,95 @@
+"""summary.json: what a run reached, gathered from the manifests and the answers that its stages left on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from gori.artifact import MANIFEST, read_manifest
+from gori.calls import CallError, Function, parse, read_tools, same_calls
+from gori.recipe import Recipe
+
+
+def split_entry(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`{"exact", "n", "ko", "en"}` of answered rows; a language's share only where it has rows."""
+    out: dict[str, Any] = {"exact": _share(rows), "n": len(rows)}
+    for language in ("ko", "en"):
+        some = [r for r in rows if r["language"] == language]
+        if some:
+            out[language] = _share(some)
+    return out
+
+
+def _share(rows: Sequence[Mapping[str, Any]]) -> float:
+    return sum(bool(r["exact"]) for r in rows) / len(rows) if rows else 0.0
+
+
+def read_answers(out: Path, model: str) -> list[dict[str, Any]]:
+    """What a model answered to every test row."""
+    text = (out / "evaluate" / model / "answers.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def by_split(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for r in rows:
+        found.setdefault(r["split"], []).append(r)
+    return found
+
+
+def agreement(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]], functions: Mapping[str, Function]) -> float:
+    """Share of rows on which two models give the same call (or, where neither parses, the same text)."""
+    return sum(_same(x["answer"], y["answer"], functions) for x, y in zip(a, b, strict=True)) / len(a)
+
+
+def _same(a: str, b: str, functions: Mapping[str, Function]) -> bool:
+    if a == b:
+        return True
+    try:
+        return same_calls(parse(a, functions), parse(b, functions))
+    except CallError:
+        return False
+
+
+def summarize(out: Path, models: Mapping[str, Path], recipe: Recipe, eager: str) -> dict[str, Any]:
+    """Gather accuracy, parameters, bytes and seconds; gates are added by the caller.
+
+    `bytes` is the size of the weights' file; `seconds` of each stage that ran; `agreement` the share of test rows on
+    which an exported file gives the same call as `eager`, the eager model of the same integers.
+    """
+    answers = {name: read_answers(out, name) for name in models}
+    functions = read_tools(out / "data" / "tools.json")
+    targets = [e.target for e in recipe.export]
+    parameters, seconds = {}, {}
+    for name, directory in models.items():
+        body = read_manifest(directory) if (directory / MANIFEST).exists() else {}
+        found = body.get("metrics", {}).get("parameters")
+        if found:
+            parameters[name] = found
+    for directory in sorted(p.parent for p in out.rglob(MANIFEST)):
+        body = read_manifest(directory)
+        seconds[directory.relative_to(out).as_posix()] = _elapsed(body)
+    return {
+        "name": recipe.name,
+        "seed": recipe.seed,
+        "accuracy": {name: {s: split_entry(r) for s, r in by_split(rows).items()} for name, rows in answers.items()},
+        "agreement": {f"{t}/{eager}": agreement(answers[t], answers[eager], functions) for t in targets},
+        "parameters": parameters,
+        "bytes": {name: weights_bytes(directory) for name, directory in models.items()},
+        "seconds": seconds,
+        "targets": targets,
+    }
+
+
+def weights_bytes(directory: Path) -> int:
+    """Bytes of the file or files that hold a model's weights."""
+    files = [*directory.glob("*.pte")] or [*directory.glob("*.safetensors")]
+    return sum(f.stat().st_size for f in files)
+
+
+def _elapsed(manifest: Mapping[str, Any]) -> float:
+    began, ended = (datetime.strptime(manifest[k], "%Y-%m-%dT%H:%M:%SZ") for k in ("started", "finished"))
+    return (ended - began).total_seconds()

@@ -1,0 +1,105 @@
+"""The session over a .pte by ExecuTorch's Python wheel.
+
+The wheel's pybind module hands tensors over as torch's, so torch is imported here although the model does not need it;
+`executorch.runtime` would besides import all of ExecuTorch's exporter, which is why the extension is imported itself
+(docs/executorch.md has the figures). The caches are the program's own mutable buffers: one loaded program is one session.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from gori.errors import GoriError
+from gori.runtime.session import Logits, Session, SessionInfo
+
+# The two libraries register the kernels that an exported decoder calls; loading a program without them fails.
+KERNELS = ("extension/llm/custom_ops/libcustom_ops_aot_lib.so", "kernels/quantized/libquantized_ops_aot_lib.so")
+DEFAULT_THREADS = 1
+
+_threads: int | None = None
+"""The process's pool as a session set it; None before the first."""
+
+
+def load_engine() -> ModuleType:
+    """ExecuTorch's extension module with every kernel registered; GoriError if the wheel is missing."""
+    try:
+        import executorch.extension.pybindings._C as engine
+    except ImportError as e:
+        raise GoriError("running a .pte needs ExecuTorch: pip install 'gori[executorch]'") from e
+    root = Path(engine.__file__).parents[2]
+    for library in KERNELS:
+        torch.ops.load_library(root / library)
+    return engine
+
+
+def set_threads(engine: ModuleType, threads: int | None) -> int:
+    """Size the process's one thread pool; the count that is used.
+
+    XNNPACK's loaded programs keep a pointer to the pool and a resize frees it, so the first session decides.
+    """
+    global _threads
+    if _threads is None:
+        wanted = threads or DEFAULT_THREADS
+        if engine._threadpool_get_thread_count() != wanted:
+            engine._unsafe_reset_threadpool(wanted)
+        _threads = wanted
+    if threads not in (None, _threads):
+        raise GoriError(
+            f"{threads} threads were asked for, but an earlier session of this process runs ExecuTorch with "
+            f"{_threads} and its pool cannot be resized: use {_threads}, or another process"
+        )
+    return _threads
+
+
+class ExecutorchSession(Session):
+    """One loaded program; see Session."""
+
+    def __init__(self, program: Any, info: SessionInfo) -> None:
+        super().__init__()
+        self.info = info
+        self._program = program  # a method does not keep its program alive
+        self._forward = program.load_method("forward")
+
+    def _run(self, ids: Sequence[int], start: int) -> Logits:
+        tokens = torch.from_numpy(np.asarray([ids], dtype=np.int64))
+        logits = self._forward((tokens, torch.tensor([start])))[0]
+        return logits[0].numpy()
+
+
+def open_pte(file: Path, threads: int | None) -> ExecutorchSession:
+    """Load a .pte that gori exported."""
+    engine = load_engine()
+    count = set_threads(engine, threads)
+    try:
+        program = engine._load_program(str(file))
+        facts = {name: _constant(program, name) for name in METADATA}
+    except (RuntimeError, KeyError) as e:
+        raise GoriError(f"{file} is not a .pte that this ExecuTorch loads ({e}): export it again") from e
+    info = SessionInfo(
+        engine="executorch",
+        engine_version=importlib.metadata.version("executorch"),
+        path=str(file),
+        vocab_size=facts["get_vocab_size"][0],
+        context=facts["get_max_context_len"][0],
+        chunk=facts["get_max_seq_len"][0],
+        bos_id=next((i for i in facts["get_bos_id"] if i >= 0), None),
+        eos_ids=tuple(facts["get_eos_ids"]),
+        threads=count,
+        file_bytes=file.stat().st_size,
+    )
+    return ExecutorchSession(program, info)
+
+
+METADATA = ("get_vocab_size", "get_max_context_len", "get_max_seq_len", "get_bos_id", "get_eos_ids")
+
+
+def _constant(program: Any, name: str) -> list[int]:
+    return list(program.load_method(name)(()))

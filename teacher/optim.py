@@ -1,0 +1,127 @@
+"""Muon for matrices and AdamW for the rest, and the learning-rate schedule. Knows nothing of models or data."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def newton_schulz(G: Tensor, steps: int) -> Tensor:
+    """Approximate orthogonalisation of matrices `[..., m, n]`: singular values are driven towards one.
+
+    The quintic iteration of Muon (Keller Jordan 2024), coefficients (3.4445, -4.7750, 2.0315), batched.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide = G.shape[-2] > G.shape[-1]
+    X = G.mT if wide else G
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = a * X + (b * A + c * (A @ A)) @ X
+    return X.mT if wide else X
+
+
+def newton_schulz_wide(X: Tensor, steps: int) -> Tensor:
+    """`newton_schulz` of one wide matrix `[m, n]`, n much larger than m, through its Gram matrix.
+
+    The same polynomial, but all iterations happen on m by m matrices: X_k = P_k X_0, with P found from X_0 X_0^T.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = X / (X.norm() + 1e-7)
+    A = X @ X.mT
+    P = torch.eye(len(A), dtype=X.dtype, device=X.device)
+    for _ in range(steps):
+        Q = torch.addmm(b * A, A, A, beta=1, alpha=c)
+        Q.diagonal().add_(a)
+        P, A = Q @ P, Q @ A @ Q
+    return P @ X
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum orthogonalised by Newton-Schulz, for matrices and stacks of matrices (experts).
+
+    The update is scaled by 0.2 * sqrt(max(m, n)), so that its root mean square is that of AdamW and one learning rate
+    serves both (Moonlight, arXiv 2502.16982, eq. 4). Matrices of one shape are orthogonalised in one batched product. A
+    layer's experts are orthogonalised together, as the one wide matrix that they would be in a dense layer.
+    """
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0, steps: int = 5
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "steps": steps})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        assert closure is None
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p.dim() == 3:
+                    self._step_experts(p, group)
+                else:
+                    by_shape[p.shape].append(p)
+            for params in by_shape.values():
+                self._step_matrices(params, group)
+
+    def _step_matrices(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
+        updates = newton_schulz(torch.stack([self._momentum(p, group) for p in params]), group["steps"])
+        for p, u in zip(params, updates, strict=True):
+            self._apply(p, u, max(p.shape), group)
+
+    def _step_experts(self, p: nn.Parameter, group: dict[str, Any]) -> None:
+        """Stacks `[E, out, in]`: joined along the side that is not the model's width, the shorter of the joined matrix."""
+        u, (E, m, n) = self._momentum(p, group), p.shape
+        if m >= n:  # gate_up: E*2I rows over D columns
+            joined = newton_schulz_wide(u.reshape(E * m, n).mT, group["steps"]).mT.reshape(p.shape)
+            return self._apply(p, joined, E * m, group)
+        joined = newton_schulz_wide(u.transpose(0, 1).reshape(m, E * n), group["steps"])  # down: D rows, E*I columns
+        return self._apply(p, joined.view(m, E, n).transpose(0, 1), E * n, group)
+
+    def _momentum(self, p: nn.Parameter, group: dict[str, Any]) -> Tensor:
+        assert p.grad is not None
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+        return torch.lerp(p.grad, state["momentum"], group["momentum"])
+
+    def _apply(self, p: nn.Parameter, update: Tensor, longest: int, group: dict[str, Any]) -> None:
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(longest))
+
+
+def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Matrices inside the blocks (for Muon) and the rest: embedding, head, router, norms, biases (for AdamW)."""
+    matrices, rest = [], []
+    for name, p in model.named_parameters():
+        inside = p.dim() >= 2 and "embed_tokens" not in name and "lm_head" not in name and "mlp.gate.weight" not in name
+        (matrices if inside else rest).append(p)
+    return matrices, rest
+
+
+def optimizers(
+    model: nn.Module, muon_lr: float, adam_lr: float, weight_decay: float, muon_steps: int = 5
+) -> list[torch.optim.Optimizer]:
+    """The two optimizers of a decoder, each group remembering its peak rate as `peak_lr`."""
+    matrices, rest = split_parameters(model)
+    muon = Muon(matrices, lr=muon_lr, weight_decay=weight_decay, steps=muon_steps)
+    adam = torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
+    for o, peak in ((muon, muon_lr), (adam, adam_lr)):
+        for group in o.param_groups:
+            group["peak_lr"] = peak
+    return [muon, adam]
+
+
+def schedule(step: int, total: int, warmup_steps: int, floor: float) -> float:
+    """Share of the peak rate at a step: linear warm-up, then a cosine down to `floor`."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total - warmup_steps)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

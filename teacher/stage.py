@@ -1,0 +1,142 @@
+"""The teacher stage: a recipe's shape and schedule → a trained mixture of experts in a Hugging Face folder.
+
+Holds also what a student's stage shares with it: running the loop on a corpus and writing the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gori import checkpoint, evaluate
+from gori.artifact import Manifest, content_hash, make
+from gori.calls import END, PAD
+from gori.corpus import Corpus, epochs, hashes
+from gori.errors import GoriError
+from gori.model import Decoder, ModelConfig, parameter_count
+from gori.recipe import Shape, Teacher, Train
+from gori.teacher.train import Loss, Progress, TrainBatch, TrainSettings, fit
+from gori.tokenizer import Tokenizer, copy_files
+
+DEV_ROWS = 200
+"""Dev rows that are answered at each evaluation while training."""
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def shape_config(shape: Shape, kind: str, vocab_size: int, **moe: int) -> ModelConfig:
+    """A recipe's shape as a decoder's config."""
+    fields = ("hidden_size", "layers", "heads", "kv_heads", "head_dim", "intermediate_size", "tied", "init_std")
+    named = {f: getattr(shape, f) for f in (*fields, "max_position")}
+    return ModelConfig(kind=kind, vocab_size=vocab_size, **named, **moe)  # type: ignore[arg-type]
+
+
+def answer_loss(balance: float) -> Loss:
+    """Cross-entropy of the answers, plus `balance` times the experts' mean load-balancing loss."""
+
+    def loss(model: Decoder, batch: TrainBatch) -> tuple[Tensor, dict[str, float]]:
+        ce = F.cross_entropy(model.logits(batch.answer_hidden(model)).float(), batch.targets)
+        entry = {"loss": round(ce.item(), 5)}
+        moes = model.moe_layers()
+        if not moes:
+            return ce, entry
+        loads = torch.stack([m.load_E for m in moes if m.load_E is not None])
+        aux = torch.stack([m.balance_loss for m in moes if m.balance_loss is not None]).mean()
+        entry |= {"load_max": round(loads.max().item(), 4), "load_min": round(loads.min().item(), 4)}
+        return ce + balance * aux, entry
+
+    return loss
+
+
+def run_loop(
+    model: Decoder, corpus: Corpus, tokenizer: Tokenizer, loss: Loss, train: Train, seed: int, out: Path, fingerprint: str
+) -> Progress:
+    """Train a decoder on a corpus in place, with checkpoints beside `out`."""
+    torch.set_num_threads(train.threads or os.cpu_count() or 1)
+    names = {f for f in TrainSettings.__dataclass_fields__}
+    settings = TrainSettings(**{k: v for k, v in train.model_dump().items() if k in names})
+    rows = corpus.dev[:DEV_ROWS]
+    end = tokenizer.id(END)
+
+    def on_dev(m: Decoder) -> dict[str, float]:
+        scored = evaluate.score(rows, evaluate.batched(m, end), tokenizer, corpus.functions)
+        return {"dev_exact": evaluate.summary(scored)["exact"]}
+
+    state = training_state(out)
+    state.parent.mkdir(parents=True, exist_ok=True)
+    return fit(
+        model,
+        epochs(corpus.train, tokenizer, model.cfg.max_position, seed, train.swap_values),
+        loss,
+        settings,
+        seed=seed,
+        pad=tokenizer.id(PAD),
+        label=out.name,
+        evaluate=on_dev,
+        state=state,
+        fingerprint=fingerprint,
+    )
+
+
+def training_state(out: Path) -> Path:
+    """Where an unfinished training run keeps its checkpoint."""
+    return out.parent / f".{out.name}.training.pt"
+
+
+def write_trained(
+    tmp: Path, model: Decoder, tokenizer_dir: Path, done: Progress, manifest: Manifest, **more: Any
+) -> None:
+    """Write weights, tokenizer and log.jsonl; speeds go into the manifest, so that the files depend on nothing else."""
+    checkpoint.save(model.cpu(), tmp)
+    copy_files(tokenizer_dir, tmp)
+    (tmp / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in done.log), encoding="utf-8")
+    manifest.metrics |= {
+        "parameters": parameter_count(model),
+        "steps": done.step,
+        "tokens": done.tokens,
+        "train_seconds": round(done.seconds, 1),
+        "tokens_per_second": round(done.tokens / max(done.seconds, 1e-9), 1),
+        "final": done.log[-1],
+        **more,
+    }
+
+
+def train_teacher(section: Teacher, corpus: Corpus, tokenizer_dir: Path, seed: int, out: Path) -> bool:
+    """Train the teacher of a recipe into `out`; returns whether it ran."""
+    if section.path:
+        raise GoriError(f"teacher.path {section.path} names a finished teacher: there is nothing to train")
+    inputs = {**hashes(corpus), "tokenizer": content_hash(tokenizer_dir)}
+    manifest = Manifest("teacher", "teacher", seed, section.model_dump(), inputs)
+    tokenizer = Tokenizer.load(tokenizer_dir)
+
+    def build(tmp: Path) -> None:
+        cfg = shape_config(
+            section,
+            "qwen3_moe",
+            tokenizer.vocab_size,
+            experts=section.experts,
+            experts_per_token=section.experts_per_token,
+        )
+        model = Decoder(cfg).initialise(torch.Generator().manual_seed(seed)).to(device())
+        loss = answer_loss(section.balance)
+        done = run_loop(model, corpus, tokenizer, loss, section.train, seed, out, manifest.fingerprint)
+        write_trained(tmp, model, tokenizer_dir, done, manifest, expert_load=_loads(done))
+
+    ran = make(out, manifest, build)
+    training_state(out).unlink(missing_ok=True)
+    return ran
+
+
+def _loads(done: Progress) -> dict[str, float]:
+    """The most and the least used expert's share of assignments, averaged over the last tenth of the steps."""
+    tail = done.log[-max(1, len(done.log) // 10) :]
+    return {k: round(sum(e[k] for e in tail) / len(tail), 4) for k in ("load_max", "load_min")}
+

@@ -1,0 +1,308 @@
+"""A .pte against the eager quantized model: its logits, its integers, its bytes, and what is refused.
+
+An export takes seconds, so each case is exported once for the file; the cases cross kinds, heads and schemes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from gori import checkpoint, quantized
+from gori.errors import GoriError
+from gori.export import executorch as target
+from gori.export import parity
+from gori.export.commands import export_command
+from gori.model import Decoder, ModelConfig, RopeScaling
+from gori.quantize.rtn import round_to_nearest, rtn
+from gori.quantize.schemes import SCHEMES
+from gori.quantized import EMBEDDING, HEAD
+from gori.runtime.session import Snapshot, open_session
+
+CONTEXT, CHUNK = 48, 16
+LLAMA = ModelConfig(
+    kind="llama", vocab_size=200, hidden_size=128, layers=1, heads=4, kv_heads=2, head_dim=32, intermediate_size=128,
+    max_position=64, init_std=0.1,
+)  # fmt: skip
+LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    cfg: ModelConfig
+    scheme: str
+    embedding: str | None = None
+    others: dict[str, str] = dataclasses.field(default_factory=dict)
+    """End of a module's name → a scheme of its own."""
+
+
+def of(kind: str, **changes: object) -> ModelConfig:
+    return dataclasses.replace(LLAMA, kind=kind, **changes)  # type: ignore[arg-type]
+
+
+CASES = {
+    "llama, shared table, rope scaling": Case(of("llama", rope_scaling=LLAMA3), "w4a8-g32"),
+    "qwen2 untied": Case(of("qwen2", tied=False), "w8a8-channel", "w8-g64"),
+    "qwen3, tied but apart": Case(of("qwen3"), "w4a8-channel", "w4-g32"),
+    "llama, float table, two schemes": Case(of("llama", tied=False), "w4a8-g64", "float", {"down_proj": "w4a8-g128"}),
+    "qwen2 float": Case(of("qwen2", layers=2), "float"),
+}
+
+
+def random_decoder(cfg: ModelConfig) -> Decoder:
+    """Random weights; norms and biases off their defaults, so that leaving one out shows."""
+    generator = torch.Generator().manual_seed(0)
+    model = Decoder(cfg).initialise(generator).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 1:
+                p.add_(torch.randn(p.shape, generator=generator) * 0.3)
+    return model
+
+
+def write_checkpoint(case: Case, out: Path) -> Path:
+    out.mkdir(parents=True)
+    model = random_decoder(case.cfg)
+    if case.scheme == "float":
+        checkpoint.save(model, out)
+    else:
+        tensors, spec = rtn(model, case.scheme, case.embedding)
+        for end, scheme in case.others.items():
+            for name in [n for n in tensors if n.endswith(f"{end}.weight")]:
+                weight = checkpoint.hf_tensors(model)[name]
+                tensors[name] = round_to_nearest(weight, SCHEMES[scheme])
+                spec.tensors[name] = SCHEMES[scheme]
+        quantized.save(model, tensors, spec, out)
+    (out / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": [2, 3]}))
+    (out / "tools.json").write_text("[]")
+    return out
+
+
+Exported = Callable[[str], tuple[Path, Path]]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Case name → (checkpoint, exported directory), each made once."""
+    root, made = tmp_path_factory.mktemp("executorch"), dict[str, tuple[Path, Path]]()
+
+    def export(name: str) -> tuple[Path, Path]:
+        if name not in made:
+            source = write_checkpoint(CASES[name], root / f"{len(made)}")
+            out = root / f"{len(made)}.et"
+            target.export_executorch(source, out, context=CONTEXT, chunk=CHUNK, prompts=[[5, 6, 7]])
+            made[name] = (source, out)
+        return made[name]
+
+    return export
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_prefill_and_decode_give_the_checkpoints_logits_within_its_noise_floor(case: str, exported: Exported) -> None:
+    source, out = exported(case)
+    # other prompts than those of the export's own check; bounds are the model's measured floor, see gori.export.parity
+    prompts = parity.default_prompts(200, CONTEXT, CHUNK, seed=7)
+    found = parity.measure_parity(open_session(out), quantized.load(source), prompts)
+    assert found.met, parity.describe(found)
+    assert {len(p) for p in prompts} >= {1, CHUNK - 1, CHUNK, CHUNK + 1, CONTEXT}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_manifest_has_the_evidence_and_the_file_no_waste(case: str, exported: Exported) -> None:
+    body = json.loads((exported(case)[1] / "manifest.json").read_text())
+    m, linears = body["metrics"], 7 * CASES[case].cfg.layers + 1
+    assert (m["delegated_linears"], m["linears"], m["tensors_read_back"]) == (linears, linears, linears + 1)
+    assert m["pte_bytes"] <= 1.25 * m["packed_bytes"] + 100_000
+    assert [g["met"] for g in body["gates"]] == [True] * 3
+    assert {"model.pte", "config.json", "generation_config.json", "tools.json"} <= set(body["files"])
+
+
+def test_the_float_export_is_float32s_own_rounding_from_eager(exported: Exported) -> None:
+    source, out = exported("qwen2 float")
+    ids = torch.randint(0, 200, (CONTEXT,), generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        want = quantized.load(source)(ids.unsqueeze(0))[0].numpy()
+    session = open_session(out)
+    # prompts beyond a chunk, then token by token; nothing is rounded, so 1e-5 of the largest logit holds everywhere
+    np.testing.assert_allclose(session.prefill(ids[:40].tolist()), want[39], atol=1e-5 * np.abs(want).max() * 3)
+    for i in range(40, CONTEXT):
+        np.testing.assert_allclose(session.decode(int(ids[i])), want[i], atol=1e-5 * np.abs(want).max() * 3)
+
+
+def test_a_full_context_is_refused(exported: Exported) -> None:
+    session = open_session(exported("qwen2 float")[1])
+    session.prefill([7] * CONTEXT)
+    with pytest.raises(GoriError, match=f"{CONTEXT} tokens are in the context"):
+        session.decode(7)
+
+
+def test_a_restored_prefix_continues_as_before_even_after_it_was_overwritten(exported: Exported) -> None:
+    session = open_session(exported("qwen2 float")[1])
+    session.prefill([5, 6, 7, 8])
+    prefix = session.snapshot()
+    want = session.decode(9)
+    session.decode(10)
+    session.restore(prefix)
+    np.testing.assert_array_equal(session.decode(9), want)
+    session.reset()
+    session.prefill([11, 12, 13, 14, 15, 16])
+    session.restore(prefix)
+    np.testing.assert_allclose(session.decode(9), want, rtol=1e-5, atol=1e-5)
+
+
+def test_two_sessions_of_one_file_share_nothing(exported: Exported) -> None:
+    out = exported("qwen2 float")[1]
+    alone = open_session(out)
+    alone.prefill([5, 6, 7])
+    want = alone.decode(8)
+    one, two = open_session(out), open_session(out)
+    one.prefill([5, 6, 7])
+    two.prefill([100, 101, 102, 103])
+    np.testing.assert_array_equal(one.decode(8), want)
+    two.restore(Snapshot((5, 6, 7)))
+    np.testing.assert_allclose(two.decode(8), want, rtol=1e-5, atol=1e-5)
+
+
+def test_the_session_knows_what_the_file_says(exported: Exported) -> None:
+    out = exported("qwen2 untied")[1]
+    info = open_session(out / "model.pte").info
+    assert (info.engine, info.vocab_size, info.context, info.chunk) == ("executorch", 200, CONTEXT, CHUNK)
+    assert (info.bos_id, info.eos_ids, info.file_bytes) == (1, (2, 3), (out / "model.pte").stat().st_size)
+    with pytest.raises(GoriError, match="its pool cannot be resized"):
+        open_session(out, threads=info.threads + 1)
+
+
+def test_a_broken_file_is_refused(exported: Exported, tmp_path: Path) -> None:
+    pte = (exported("qwen2 untied")[1] / "model.pte").read_bytes()
+    (tmp_path / "model.pte").write_bytes(pte[:200])
+    with pytest.raises(GoriError, match="not a .pte that this ExecuTorch loads"):
+        open_session(tmp_path)
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g32", "w8a16-channel", "w8a8-g32"])
+def test_a_scheme_that_xnnpack_does_not_hold_is_refused_with_those_that_it_does(scheme: str, tmp_path: Path) -> None:
+    source = write_checkpoint(Case(LLAMA, scheme), tmp_path / "c")
+    with pytest.raises(GoriError, match=rf"{scheme}.*quantize with one of w8a8-channel, .*w4a8-g32") as e:
+        target.export_executorch(source, tmp_path / "out")
+    assert "model.layers.0." in str(e.value)
+
+
+def test_a_shared_head_without_rounded_activations_is_refused(tmp_path: Path) -> None:
+    source = write_checkpoint(Case(LLAMA, "w4a8-g32"), tmp_path / "c")
+    body = json.loads((source / "quantization.json").read_text())
+    (source / "quantization.json").write_text(json.dumps(body | {"head_activation_bits": 16}))
+    with pytest.raises(GoriError, match=f"does not hold {HEAD} .4-bit weights, 16-bit activations"):
+        target.export_executorch(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("context", "chunk"), [(1, None), (65, None), (32, 32), (32, 0)])
+def test_lengths_that_the_model_does_not_allow_are_refused(context: int, chunk: int | None) -> None:
+    with pytest.raises(GoriError, match="is not in"):
+        target.resolve_lengths(LLAMA, context, chunk)
+
+
+def test_linears_that_xnnpack_does_not_take_stop_the_export_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gori.export import executorch_graph as graph
+
+    # weight-only: integer weights that meet float inputs, which the partitioner leaves to a slow kernel without a word
+    monkeypatch.setattr(graph, "round_tokens", lambda x: x)
+    source = write_checkpoint(Case(LLAMA, "w8a8-channel"), tmp_path / "c")
+    with pytest.raises(GoriError, match=r"did not take 8 of 8 linear layers \(layers\.0\.q_proj, .*, head\)"):
+        target.export_executorch(source, tmp_path / "out", context=CONTEXT, chunk=CHUNK)
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+@pytest.mark.parametrize("case", ["llama, shared table, rope scaling", "qwen3, tied but apart", "qwen2 untied"])
+@pytest.mark.parametrize("what", ["integer", "scale", "table", "swapped"])
+def test_the_reader_finds_one_changed_number(case: str, what: str, exported: Exported) -> None:
+    from gori.export.executorch_read import check_integers
+
+    source, out = exported(case)
+    pte, weights = (out / "model.pte").read_bytes(), target.read_weights(source)
+    names, want = target.linear_names(weights), {**weights.floats, **weights.integers}
+    assert check_integers(pte, EMBEDDING, names, want) == len(names) + 1
+    name = EMBEDDING if what == "table" else "model.layers.0.self_attn.v_proj.weight"
+    t = weights.integers[name]
+    if what in ("integer", "table"):
+        t.q[-1, -1] += 1 if t.q[-1, -1] < 0 else -1
+    elif what == "scale":
+        t.scale[0, 0] *= 2
+    else:  # two tensors of one shape in each other's place
+        other = "model.layers.0.self_attn.k_proj.weight"
+        want[name], want[other] = want[other], want[name]
+    with pytest.raises(GoriError, match=rf"tensors in the \.pte are not the checkpoint's: .*{name.split('.')[-2]}"):
+        check_integers(pte, EMBEDDING, names, want)
+
+
+def changed_checkpoint(source: Path, out: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Path:
+    shutil.copytree(source, out)
+    tensors = load_file(source / checkpoint.WEIGHTS)
+    tensors[name] = change(tensors[name])
+    save_file(tensors, out / checkpoint.WEIGHTS)
+    return out
+
+
+def flip(q: torch.Tensor) -> torch.Tensor:
+    q[3, 4] ^= 1
+    return q
+
+
+FAULTS = {
+    "an integer": ("model.layers.0.mlp.up_proj.weight.q", flip, r"1 of 9 tensors in the \.pte .*up_proj.* 1 of 16384"),
+    "a norm": ("model.layers.0.input_layernorm.weight", lambda w: w * 1.001, "does not compute the checkpoint's logits"),
+    "a bias": ("model.layers.0.self_attn.q_proj.bias", lambda w: w + 0.01, "does not compute the checkpoint's logits"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_file_that_is_not_the_checkpoints_stops_the_export_and_nothing_is_left(
+    fault: str, exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gori.export import executorch_lower as lowering
+
+    source, out = exported("qwen2 untied")
+    name, change, message = FAULTS[fault]
+    other = changed_checkpoint(source, tmp_path / "c", name, change)
+    # lowering that carries something else than what it was given: another checkpoint's file
+    lowered = lowering.Lowered((out / "model.pte").read_bytes(), ("",) * 8)
+    monkeypatch.setattr(lowering, "lower", lambda *_: lowered)
+    with pytest.raises(GoriError, match=message):
+        target.export_executorch(other, tmp_path / "out", context=CONTEXT, chunk=CHUNK)
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+def test_the_command_prints_one_json_object_and_the_bytes_are_the_same_again(
+    exported: Exported, tmp_path: Path
+) -> None:
+    source, first = exported("qwen2 untied")
+    (tmp_path / "prompts.jsonl").write_text("[1, 2, 3]\n\n[4]\n")
+    out = tmp_path / "out"
+    arguments = [str(source), "--target", "executorch", "--out", str(out), "--context", str(CONTEXT), "--json"]
+    arguments += ["--chunk", str(CHUNK), "--prompts", str(tmp_path / "prompts.jsonl")]
+    run = CliRunner().invoke(export_command, arguments)
+    assert run.exit_code == 0, run.output
+    assert json.loads(run.stdout)["delegated_linears"] == 8
+    assert json.loads((out / "manifest.json").read_text())["settings"]["prompts"] == [[1, 2, 3], [4]]
+    assert (out / "model.pte").read_bytes() == (first / "model.pte").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"), [("[1, 2", "line 2 column"), ('["a"]', "line 2 is"), ("[]", "line 2 is"), ("[true]", "line 2")]
+)
+def test_a_bad_line_of_prompts_is_refused_with_its_place(line: str, message: str, tmp_path: Path) -> None:
+    from gori.export.commands import read_prompts
+
+    (tmp_path / "p").write_text(f"[1]\n{line}\n")
+    with pytest.raises(GoriError, match=message):
+        read_prompts(tmp_path / "p")
