@@ -92,10 +92,14 @@ def _check(student: Decoder, teacher: Decoder, layers: Sequence[int]) -> None:
     for name, mine, theirs in pairs:
         if mine > theirs:
             raise GoriError(f"the student's {name} {mine} exceeds the teacher's {theirs}: shrink it or use init random")
-    for name in ("head_dim", "vocab_size", "kind_of_norm"):
-        mine, theirs = (s.qk_norm, t.qk_norm) if name == "kind_of_norm" else (getattr(s, name), getattr(t, name))
+    if t.kind == "qwen2" and s.kind != "qwen2":
+        raise GoriError(f"the teacher's attention has biases and a {s.kind} student none: use kind qwen2 or init random")
+    for name in ("head_dim", "vocab_size", "qk_norm", "rope_theta", "rope_scaling"):
+        mine, theirs = getattr(s, name), getattr(t, name)
         if mine != theirs:
-            raise GoriError(f"the student's {name} {mine} is not the teacher's {theirs}: make them equal or use init random")
+            raise GoriError(
+                f"the student's {name} {mine} is not the teacher's {theirs}: make them equal or use init random"
+            )
 
 
 def _record(teacher: Decoder, calibration: Sequence[Tensor]) -> list[Tensor]:
@@ -138,7 +142,11 @@ def _copy_attention(target: Block, source: Block, dims: Tensor) -> list[int]:
     heads = torch.cat([g * per + weight_GQ[g].topk(keep).indices.sort().values for g in groups])
     q_rows = (heads.unsqueeze(1) * d + torch.arange(d)).flatten()
     kv_rows = (groups.unsqueeze(1) * d + torch.arange(d)).flatten()
-    for mine, theirs, rows in ((a.q_proj, b.q_proj, q_rows), (a.k_proj, b.k_proj, kv_rows), (a.v_proj, b.v_proj, kv_rows)):
+    for mine, theirs, rows in (
+        (a.q_proj, b.q_proj, q_rows),
+        (a.k_proj, b.k_proj, kv_rows),
+        (a.v_proj, b.v_proj, kv_rows),
+    ):
         mine.weight.copy_(theirs.weight[rows][:, dims])
         if mine.bias is not None and theirs.bias is not None:
             mine.bias.copy_(theirs.bias[rows])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from gori.distill.losses import check_terms, distillation_loss
 from gori.errors import GoriError
 from gori.model import Decoder, parameter_count
 from gori.recipe import Distill, Student
-from gori.teacher.stage import answer_loss, device, run_loop, shape_config, training_state, write_trained
+from gori.teacher.stage import answer_loss, device, fresh, run_loop, shape_config, training_state, write_trained
 from gori.teacher.train import Loss, TrainBatch
 from gori.tokenizer import Tokenizer
 
@@ -50,7 +51,7 @@ def load_teacher(directory: Path, tokenizer: Tokenizer) -> Decoder:
             f"teacher {directory} has a vocabulary of {teacher.cfg.vocab_size}, the student's tokenizer "
             f"{tokenizer.vocab_size}: distill with the teacher's own tokenizer"
         )
-    return teacher.to(device()).eval()
+    return teacher.eval()
 
 
 def train_student(
@@ -91,18 +92,20 @@ def _train(
     tokenizer = Tokenizer.load(tokenizer_dir)
 
     def build(tmp: Path) -> None:
-        model = Decoder(shape_config(student, student.kind, tokenizer.vocab_size))
-        model.initialise(torch.Generator().manual_seed(seed + 1))
+        cfg = shape_config(student, student.kind, tokenizer.vocab_size)
         report: dict[str, object] = {"from": "random"}
         teacher = load_teacher(teacher_dir, tokenizer) if "teacher" in inputs else None
+        if init == "teacher" and teacher:  # queries and keys are turned as the teacher turns its own
+            cfg = replace(cfg, rope_theta=teacher.cfg.rope_theta, rope_scaling=teacher.cfg.rope_scaling)
+        model = Decoder(cfg).initialise(torch.Generator().manual_seed(seed + 1))
         if init == "teacher":
             assert teacher is not None
             report = {"from": "teacher", **from_teacher(model, teacher, calibration(corpus, tokenizer), distill.layers)}
+        if teacher:
+            teacher.to(device())
         plain = teacher is None or set(distill.losses) == {"ce"}
         loss = answer_loss(0.0) if plain else divergence_loss(teacher, distill.losses, distill.temperature)  # type: ignore[arg-type]
-        done = run_loop(
-            model.to(device()), corpus, tokenizer, loss, distill.train, seed + 1, out, manifest.fingerprint
-        )
+        done = run_loop(model.to(device()), corpus, tokenizer, loss, distill.train, seed + 1, out, manifest.fingerprint)
         share = {"share_of_teacher": parameter_count(model) / parameter_count(teacher)} if teacher else {}
         write_trained(tmp, model, tokenizer_dir, done, manifest, initialised=report, **share)
 

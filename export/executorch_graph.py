@@ -1,4 +1,5 @@
-"""The decoder as a graph that ExecuTorch lowers: given integers as explicit `quantized_decomposed` ops, caches as buffers.
+"""The decoder as a graph that ExecuTorch lowers: given integers as explicit `quantized_decomposed` ops, caches as
+buffers.
 
 It computes what gori.model and gori.quantized compute, one sequence at a time, for the last token only; it knows
 nothing of files or of lowering. Importing it needs ExecuTorch, whose wheel registers the operators that it calls.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  registers llama::custom_sdpa and update_cache
+import executorch.extension.llm.custom_ops.custom_ops  # registers llama::custom_sdpa and update_cache
 import executorch.kernels.quantized  # noqa: F401  registers quantized_decomposed::embedding_byte and embedding_4bit
 import torch
 import torch.nn.functional as F
@@ -169,6 +170,17 @@ class Layer(nn.Module):
 
     keys: Tensor
     values: Tensor
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+    input_layernorm: nn.Module
+    post_attention_layernorm: nn.Module
+    q_norm: nn.Module
+    k_norm: nn.Module
 
     def __init__(self, w: Weights, index: int, context: int) -> None:
         super().__init__()

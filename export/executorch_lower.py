@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -18,13 +19,14 @@ from executorch.exir.backend.partitioner import DelegationSpec, PartitionResult
 from executorch.exir.dialects._ops import ops as exir_ops
 from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
+from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import Node
 
 from gori.errors import GoriError
-from gori.export.executorch_graph import Graph
 
-decomposed, edge = torch.ops.quantized_decomposed, exir_ops.edge.aten
+decomposed: Any = torch.ops.quantized_decomposed
+edge: Any = exir_ops.edge.aten
 KEPT_WHOLE = [
     torch.ops.aten.linear.default,
     decomposed.choose_qparams_per_token_asymmetric.default,
@@ -78,8 +80,9 @@ def _module_path(node: Node) -> str:
     return next(reversed(stack.values()))[0]
 
 
-def lower(graph: Graph, chunk: int, metadata: dict[str, int | bool | list[int]]) -> Lowered:
-    """The .pte of a graph whose calls take 1..chunk tokens; `metadata` become methods that return constants."""
+def lower(graph: nn.Module, chunk: int, metadata: dict[str, int | bool | list[int]]) -> Lowered:
+    """The .pte of a module `forward(tokens [1, S], input_pos [1])` whose calls take 1..chunk tokens; `metadata` become
+    methods that return constants. Raises GoriError if XNNPACK does not take every linear."""
     example = (torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
     shapes = {"tokens": {1: Dim("S", min=1, max=chunk)}, "input_pos": None}
     with torch.no_grad():

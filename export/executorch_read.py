@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from executorch.backends.xnnpack import serialization
 from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XNNHeader
 from executorch.exir._serialize._flatbuffer import _flatc_decompile
 from executorch.exir._serialize._program import PTEFile, deserialize_pte_binary
-from executorch.exir.schema import DelegateCall, ExecutionPlan, KernelCall, Tensor as TensorValue
+from executorch.exir.schema import DelegateCall, ExecutionPlan, KernelCall
+from executorch.exir.schema import Tensor as TensorValue
 from torch import Tensor
 
 from gori.errors import GoriError
 from gori.quantized import QuantizedTensor
 
 XNNPACK = "XnnpackBackend"
+SERIALIZATION = "executorch.backends.xnnpack.serialization"
 TABLE_OPS = {
     "quantized_decomposed::embedding_4bit": 4,
     "quantized_decomposed::embedding_byte": 8,
@@ -165,7 +166,9 @@ def _found(file: PTEFile, graph: dict[str, Any], value: dict[str, Any]) -> Found
 def _data(file: PTEFile, graph: dict[str, Any], index: int) -> bytearray:
     assert file.named_data is not None
     entry = file.named_data.pte_data[graph["constant_data"][index]["named_key"]]
-    return bytearray(file.named_data.buffers[entry.buffer_index])
+    buffer = file.named_data.buffers[entry.buffer_index]
+    assert isinstance(buffer, bytes)
+    return bytearray(buffer)
 
 
 def _xnnpack_graph(payload: bytes) -> dict[str, Any]:
@@ -174,7 +177,7 @@ def _xnnpack_graph(payload: bytes) -> dict[str, Any]:
     start = header.flatbuffer_offset
     with tempfile.TemporaryDirectory() as d:
         schema, binary = Path(d) / "schema.fbs", Path(d) / "graph.bin"
-        schema.write_bytes(resources.files(serialization).joinpath("schema.fbs").read_bytes())
+        schema.write_bytes(resources.files(SERIALIZATION).joinpath("schema.fbs").read_bytes())
         binary.write_bytes(payload[start : start + header.flatbuffer_size])
         _flatc_decompile(d, str(schema), str(binary), ["--raw-binary"])
         return json.loads((Path(d) / "graph.json").read_text())

@@ -68,9 +68,10 @@ def os_errors(what: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        if isinstance(e, (FileNotFoundError, FileExistsError)) and e.filename is None:
+        if e.errno is None:
             raise
-        raise GoriError(f"cannot write {what}: {e.strerror or e}: free space or choose another --out") from e
+        where = f" ({e.filename})" if e.filename else ""
+        raise GoriError(f"cannot write {what}{where}: {e.strerror or e}: free space or choose another --out") from e
 
 
 @contextmanager
@@ -80,8 +81,9 @@ def writing(out: Path) -> Iterator[Path]:
     An existing `out` is replaced only if it is empty or carries a manifest (so: only what gori wrote).
     """
     out = Path(out)
+    recover(out)
     check_replaceable(out)
-    tmp = out.parent / f".{out.name}.writing"
+    tmp, _ = _siblings(out)
     with os_errors(out):
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
@@ -98,37 +100,91 @@ def check_replaceable(out: Path) -> None:
     """Refuse to overwrite what gori did not write."""
     if out.exists() and not out.is_dir():
         raise GoriError(f"--out {out} is a file: name a directory")
-    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).exists():
-        raise GoriError(f"--out {out} holds files but no {MANIFEST}, so gori did not write it: choose another directory")
+    if out.is_dir() and any(out.iterdir()) and not _is_ours(out / MANIFEST):
+        raise GoriError(f"--out {out} holds files but no {MANIFEST} of gori's: choose another directory, or empty it")
+
+
+def _is_ours(manifest: Path) -> bool:
+    """Whether a file is a manifest that gori wrote: browsers, apps and npm call other things manifest.json too."""
+    try:
+        body = read_json(manifest)
+    except GoriError:
+        return False
+    return isinstance(body, dict) and {"schema_version", "stage", "fingerprint"} <= set(body)
+
+
+def _siblings(out: Path) -> tuple[Path, Path]:
+    """Where a directory is written before it is `out`, and where the one that it replaces waits meanwhile."""
+    return out.parent / f".{out.name}.writing", out.parent / f".{out.name}.old"
 
 
 def _swap(tmp: Path, out: Path) -> None:
-    old = out.parent / f".{out.name}.old"
+    _, old = _siblings(out)
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         os.rename(out, old)
-    os.rename(tmp, out)
+    try:
+        os.rename(tmp, out)
+    except BaseException:
+        if old.exists() and not out.exists():
+            os.rename(old, out)
+        raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(out: Path) -> None:
+    """Finish a swap that was killed between its two renames: `out` is then missing and what it held waits beside it.
+
+    The new directory was whole by then (its manifest is written last); where it is not there, the old one comes back.
+    """
+    tmp, old = _siblings(Path(out))
+    if Path(out).exists() or not (old / MANIFEST).exists():
+        return
+    with os_errors(Path(out)):
+        os.rename(tmp if (tmp / MANIFEST).exists() else old, out)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with a final newline, atomically."""
     tmp = path.with_name(f".{path.name}.writing")
     with os_errors(path):
-        tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(tmp, path)
+        try:
+            tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            os.replace(tmp, path)
+        except OSError:
+            tmp.unlink(missing_ok=True)
+            raise
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file's bytes; one that is missing or cannot be read is refused."""
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError as e:
+        raise GoriError(f"{path} does not exist") from e
+    except OSError as e:
+        raise GoriError(f"{path} cannot be read: {e.strerror or e}") from e
 
 
 def read_json(path: Path) -> Any:
     """Parse a JSON file; a missing or broken one is refused with its place."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise GoriError(f"{path} does not exist") from e
+        return json.loads(read_bytes(path).decode("utf-8"))
     except UnicodeDecodeError as e:
         raise GoriError(f"{path} is not UTF-8 at byte {e.start}: save it as UTF-8") from e
     except json.JSONDecodeError as e:
         raise GoriError(f"{path} line {e.lineno} column {e.colno} is not JSON: {e.msg}") from e
+    except (ValueError, RecursionError) as e:  # a number of thousands of digits, endless nesting
+        raise GoriError(f"{path} holds JSON that cannot be read: {e}") from e
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Parse a JSON file that must hold an object."""
+    body = read_json(path)
+    if not isinstance(body, dict):
+        raise GoriError(f"{path} holds a JSON {type(body).__name__}, expected an object: copy or make it again")
+    return body
 
 
 @dataclass
@@ -165,17 +221,17 @@ class Manifest:
 def hash_files(directory: Path) -> dict[str, dict[str, Any]]:
     """Relative path → SHA-256 and bytes, of every file but the manifest, sorted."""
     paths = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
-    return {
-        p.relative_to(directory).as_posix(): {"sha256": sha256_file(p), "bytes": p.stat().st_size} for p in paths
-    }
+    return {p.relative_to(directory).as_posix(): {"sha256": sha256_file(p), "bytes": p.stat().st_size} for p in paths}
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of a stage's directory."""
     path = Path(directory) / MANIFEST
     if not path.exists():
-        raise GoriError(f"{directory} has no {MANIFEST}: it is not a directory that gori wrote, or its stage was cut off")
-    body = read_json(path)
+        raise GoriError(
+            f"{directory} has no {MANIFEST}: it is not a directory that gori wrote, or its stage was cut off"
+        )
+    body = read_object(path)
     if body.get("schema_version") != SCHEMA_VERSION:
         raise GoriError(
             f"{path} has schema version {body.get('schema_version')}, this gori {gori.__version__} reads "
@@ -198,7 +254,7 @@ def is_current(directory: Path, fingerprint: str) -> bool:
     """Whether a directory was written under this fingerprint and its files are still the ones that were written."""
     if not (Path(directory) / MANIFEST).exists():
         return False
-    body = read_json(Path(directory) / MANIFEST)
+    body = read_object(Path(directory) / MANIFEST)
     return body.get("fingerprint") == fingerprint and hash_files(Path(directory)) == body.get("files")
 
 
@@ -217,6 +273,7 @@ def make(out: Path, manifest: Manifest, build: Callable[[Path], None]) -> bool:
 
     `build(tmp)` writes the files into a temporary directory and fills the manifest's metrics, gates and notes.
     """
+    recover(out)
     if is_current(out, manifest.fingerprint):
         console.log(f"{manifest.stage} {manifest.name}: unchanged, skipped ({out})")
         return False

@@ -8,7 +8,9 @@ argument, each value after one space so that it has the same tokens as in the ut
 from __future__ import annotations
 
 import json
+import math
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +20,9 @@ from gori.artifact import read_json
 from gori.errors import GoriError, nearest
 
 USER, ASSISTANT, SYSTEM, TOOL = "<|user|>", "<|assistant|>", "<|system|>", "<|tool|>"
-PAD, END, NONE = "<|pad|>", "<|end|>", "<|none|>"
-MARKERS = (PAD, END, USER, ASSISTANT, SYSTEM, TOOL, NONE)
-_PIECE = re.compile(r"<\|(call|arg):(.*?)\|>")
+PAD, END, NONE, ECHO = "<|pad|>", "<|end|>", "<|none|>", "<|echo|>"
+MARKERS = (PAD, END, USER, ASSISTANT, SYSTEM, TOOL, NONE, ECHO)
+_PIECE = re.compile(r"<\|(call|arg):(.*?)\|>", re.DOTALL)
 _SCALARS: dict[str, tuple[type, ...]] = {
     "string": (str,),
     "integer": (int,),
@@ -58,7 +60,7 @@ class CallError(GoriError):
 
 def read_tools(path: Path) -> dict[str, Function]:
     """Functions by name from a JSON file of OpenAI definitions or of Gleo app schemas (one, or a list)."""
-    body = read_json(path)
+    body = read_text(read_json(path), str(path))
     entries = body if isinstance(body, list) else [body]
     functions: dict[str, Function] = {}
     for i, entry in enumerate(entries):
@@ -78,7 +80,10 @@ def _functions(entry: Any, where: str) -> list[Function]:
         package = entry.get("packageName")
         if not isinstance(package, str):
             raise GoriError(f"{where}: a Gleo app schema needs a packageName")
-        return [_function(c.get("function"), f"{where} actionCalls", package) for c in entry["actionCalls"]]
+        actions = entry["actionCalls"]
+        if not isinstance(actions, list) or not all(isinstance(a, dict) for a in actions):
+            raise GoriError(f"{where}: actionCalls must be a list of objects that hold a function")
+        return [_function(a.get("function"), f"{where} actionCalls", package) for a in actions]
     return [_function(entry.get("function", entry), where, None)]
 
 
@@ -88,13 +93,70 @@ def _function(f: Any, where: str, package: str | None) -> Function:
     schema = f.get("parameters") or {}
     if not isinstance(schema, dict) or not isinstance(schema.get("properties", {}), dict):
         raise GoriError(f"{where}: parameters of {f['name']} must be a JSON schema with properties")
-    properties = schema.get("properties", {})
-    required = tuple(schema.get("required", ()))
+    properties = {
+        k: _property(s, f"{where}: argument {k!r} of {f['name']}") for k, s in schema.get("properties", {}).items()
+    }
+    required = schema.get("required", [])
+    if not isinstance(required, list):
+        raise GoriError(f"{where}: required of {f['name']} must be a list of argument names, got {required!r}")
     if missing := [r for r in required if r not in properties]:
         raise GoriError(f"{where}: {f['name']} requires {missing[0]!r}, which its properties lack")
     if "|>" in f["name"] + "".join(properties):
         raise GoriError(f"{where}: '|>' cannot stand in a name of {f['name']}: it closes a special token")
-    return Function(f["name"], f.get("description", ""), properties, required, package)
+    return Function(f["name"], str(f.get("description", "")), properties, tuple(required), package)
+
+
+def _property(schema: Any, where: str) -> dict[str, Any]:
+    """An argument's schema with one known type: a union with null loses the null, no type at all is a string."""
+    if not isinstance(schema, dict):
+        raise GoriError(f"{where} has the schema {schema!r}, expected an object such as {{'type': 'string'}}")
+    options = [o for o in schema.get("anyOf") or schema.get("oneOf") or [] if o != {"type": "null"}]
+    if len(options) == 1 and isinstance(options[0], dict):
+        schema = {**{k: v for k, v in schema.items() if k not in ("anyOf", "oneOf")}, **options[0]}
+    named = schema.get("type", "string")
+    kinds = [k for k in (named if isinstance(named, list) else [named]) if k != "null"]
+    if len(kinds) != 1 or len(options) > 1 or kinds[0] not in (*_SCALARS, "array"):
+        raise GoriError(f"{where} has no single type: write one of {', '.join(_SCALARS)}, array, got {schema}")
+    plain = {**schema, "type": kinds[0]}
+    if kinds[0] == "array":
+        plain["items"] = _property(schema.get("items", {}), f"the items of {where}")
+    _check_bounds(plain, where)
+    return plain
+
+
+def _check_bounds(schema: dict[str, Any], where: str) -> None:
+    """Refuse a range or an enum that no value of the schema's own type can meet."""
+    for key in ("minimum", "maximum"):
+        if key in schema and (isinstance(schema[key], bool) or not isinstance(schema[key], (int, float))):
+            raise GoriError(f"{where} has the {key} {schema[key]!r}, expected a number")
+    if "enum" not in schema:
+        return
+    values = schema["enum"]
+    if not isinstance(values, list) or not values:
+        raise GoriError(f"{where} has the enum {values!r}, expected a list of the allowed values")
+    schema["enum"] = [v for v in values if v is not None]
+    for v in schema["enum"]:
+        if not _fits(v, schema["type"]):
+            raise GoriError(f"{where} allows {v!r} but is of type {schema['type']}: name the type that its enum has")
+
+
+def _fits(value: Any, kind: str) -> bool:
+    allowed = _SCALARS.get(kind)
+    return allowed is None or (isinstance(value, allowed) and (kind == "boolean" or not isinstance(value, bool)))
+
+
+def read_text(value: Any, where: str) -> Any:
+    """Parsed JSON with every string in NFC, the form that the tokenizer gives back (macOS writes Hangul decomposed);
+    half a surrogate pair, which JSON can spell and UTF-8 cannot, is refused."""
+    if isinstance(value, str):
+        if any("\ud800" <= c <= "\udfff" for c in value):
+            raise GoriError(f"{where}: {value[:40]!r} holds half a surrogate pair, which is no character: write it out")
+        return unicodedata.normalize("NFC", value)
+    if isinstance(value, list):
+        return [read_text(v, where) for v in value]
+    if isinstance(value, dict):
+        return {read_text(k, where): read_text(v, where) for k, v in value.items()}
+    return value
 
 
 def special_tokens(functions: Mapping[str, Function]) -> list[str]:
@@ -106,7 +168,7 @@ def special_tokens(functions: Mapping[str, Function]) -> list[str]:
 def check_call(call: Call, functions: Mapping[str, Function]) -> None:
     """Raise CallError unless the function exists and every argument fits its schema (type, enum, range, required).
 
-    A list of values that each fit is taken too: the argument was said more than once.
+    A list of several values that each fit is taken too: the argument was said more than once.
     """
     f = functions.get(call.name)
     if f is None:
@@ -121,16 +183,25 @@ def check_call(call: Call, functions: Mapping[str, Function]) -> None:
         if not values:
             raise CallError(f"{call.name}: argument {name!r} is an empty list: leave it out")
         schema = f.properties[name]
-        item = schema.get("items", {}) if schema.get("type") == "array" else schema
+        array = schema.get("type") == "array"
+        if array != isinstance(value, list) and (array or len(values) == 1):
+            shown = f"{json.dumps(value, ensure_ascii=False)}, its schema says {schema.get('type')}"
+            raise CallError(
+                f"{call.name}: argument {name!r} is {shown}: write {'a list' if array else 'the value itself'}"
+            )
+        item = schema.get("items", {}) if array else schema
         for v in values:
             _check_value(v, item, f"{call.name}: argument {name!r}")
 
 
 def _check_value(value: Any, schema: Mapping[str, Any], where: str) -> None:
-    kind = schema.get("type")
-    allowed = _SCALARS.get(kind) if isinstance(kind, str) else None
-    if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and kind != "boolean")):
+    kind = schema.get("type", "string")
+    if not _fits(value, kind):
         raise CallError(f"{where} is {json.dumps(value, ensure_ascii=False)}, its schema says {kind}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise CallError(f"{where} is {value}, which is no number in JSON")
+    if "<|" in (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)):
+        raise CallError(f"{where} holds '<|', which opens a special token: reword it")
     if isinstance(value, str) and value != value.strip():
         raise CallError(f"{where} begins or ends with white space: strip it")
     if "enum" in schema and value not in schema["enum"]:
@@ -191,9 +262,13 @@ def _read_value(text: str, schema: Mapping[str, Any], name: str) -> Any:
     if schema.get("type", "string") == "string":
         return text
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as e:
-        raise CallError(f"argument {name!r} is {text!r}, its schema says {schema['type']}") from e
+        return json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as e:  # not JSON, NaN, a number of thousands of digits, endless nesting
+        raise CallError(f"argument {name!r} is {text[:80]!r}, its schema says {schema['type']}") from e
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
 
 
 def same_calls(a: Sequence[Call], b: Sequence[Call]) -> bool:

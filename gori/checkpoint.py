@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gori.artifact import read_json, write_json
+from gori.artifact import read_object, write_json
 from gori.errors import GoriError, nearest
 from gori.model import Decoder, Kind, ModelConfig, RopeScaling, rope_frequencies
 
@@ -49,16 +49,16 @@ _KNOWN = set(_ONLY) | {
 def config_from_hf(body: dict[str, Any], source: Path | str = "config.json") -> ModelConfig:
     """Read the fields of a Hugging Face config.json; what the decoder cannot compute is refused by name."""
     kind = body.get("model_type", "")
-    if kind not in ARCHITECTURES:
-        raise GoriError(f"{source}: model_type {kind!r} is not one that gori computes{nearest(kind, ARCHITECTURES)}")
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        raise GoriError(f"{source}: model_type {kind!r} is not one that gori computes{nearest(str(kind), ARCHITECTURES)}")
     biased = kind == "qwen2"
     for key, allowed in {**_ONLY, "attention_bias": biased}.items():
         got = body.get(key, allowed)
         if got != allowed and not (key == "decoder_sparse_step" and kind != "qwen3_moe"):
             raise GoriError(f"{source}: {key} is {got!r}, gori's decoder computes {allowed!r} only for {kind}")
-    theta, scaling = _rope(body, source)
     moe = kind == "qwen3_moe"
     try:
+        theta, scaling = _rope(body, source)
         heads = int(body["num_attention_heads"])
         return ModelConfig(
             kind=kind,
@@ -81,6 +81,8 @@ def config_from_hf(body: dict[str, Any], source: Path | str = "config.json") -> 
         )
     except KeyError as e:
         raise GoriError(f"{source}: field {e.args[0]!r} is missing") from e
+    except (TypeError, ValueError, ZeroDivisionError) as e:
+        raise GoriError(f"{source}: a field is not the number it should be ({e})") from e
 
 
 def _rope(body: dict[str, Any], source: Path | str) -> tuple[float, RopeScaling | None]:
@@ -169,13 +171,25 @@ def save(model: Decoder, directory: Path, dtype: torch.dtype = torch.float32) ->
     """Write config.json and model.safetensors into an existing directory."""
     body = config_to_hf(model.cfg) | {"dtype": str(dtype).removeprefix("torch.")}
     write_json(directory / "config.json", body)
-    save_file({k: v.to(dtype) for k, v in hf_tensors(model).items()}, directory / WEIGHTS, metadata={"format": "pt"})
+    write_tensors({k: v.to(dtype) for k, v in hf_tensors(model).items()}, directory / WEIGHTS)
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file; a full disk, which the library reports as an error of its own kind, is one sentence."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as e:
+        path.unlink(missing_ok=True)
+        raise GoriError(f"cannot write {path}: {e}: free space or choose another --out") from e
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
     """All tensors of a folder's model.safetensors, or of the shards that its index names."""
     index = directory / f"{WEIGHTS}.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [WEIGHTS]
+    shards = read_object(index).get("weight_map") if index.exists() else {"": WEIGHTS}
+    if not isinstance(shards, dict):
+        raise GoriError(f"{index} has no weight_map of tensors and files: copy the checkpoint again")
+    names = sorted(set(shards.values()))
     tensors: dict[str, Tensor] = {}
     for name in names:
         path = directory / name
@@ -200,7 +214,7 @@ def _stack_experts(tensors: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Te
         else:
             out[name] = t
     for stem, parts in found.items():
-        if len(parts) != 3 * cfg.experts:
+        if set(parts) != {(e, m) for e in range(cfg.experts) for m in ("gate", "up", "down")}:
             raise GoriError(f"{stem} has {len(parts)} matrices, {cfg.experts} experts need {3 * cfg.experts}")
         rows = range(cfg.experts)
         out[f"{stem}.gate_up"] = torch.stack([torch.cat((parts[e, "gate"], parts[e, "up"])) for e in rows])
@@ -212,7 +226,7 @@ def read_config(directory: Path) -> ModelConfig:
     """The decoder's shape from a folder's config.json."""
     if not directory.is_dir():
         raise GoriError(f"{directory} is not a directory: a checkpoint is a Hugging Face folder")
-    return config_from_hf(read_json(directory / "config.json"), directory / "config.json")
+    return config_from_hf(read_object(directory / "config.json"), directory / "config.json")
 
 
 def load(directory: Path, dtype: torch.dtype = torch.float32) -> Decoder:
@@ -232,7 +246,9 @@ def load_tensors(cfg: ModelConfig, raw: dict[str, Tensor], directory: Path, dtyp
     if missing := sorted(set(wanted) - set(tensors)):
         raise GoriError(f"{directory} lacks {len(missing)} tensors, {to_hf_name(missing[0])} among them")
     if spare := sorted(k for k in set(tensors) - set(wanted) if "rotary_emb" not in k):
-        raise GoriError(f"{directory} holds {len(spare)} tensors that {cfg.kind} has no place for, {spare[0]} among them")
+        raise GoriError(
+            f"{directory} holds {len(spare)} tensors that {cfg.kind} has no place for, {spare[0]} among them"
+        )
     for name, p in wanted.items():
         if tuple(tensors[name].shape) != tuple(p.shape):
             got, want = list(tensors[name].shape), list(p.shape)
@@ -241,4 +257,3 @@ def load_tensors(cfg: ModelConfig, raw: dict[str, Tensor], directory: Path, dtyp
     model.load_state_dict({k: tensors[k].to(dtype) for k in wanted})
     model.rope_freq = rope_frequencies(cfg)
     return model.eval()
-

@@ -18,8 +18,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "teacher": ("gori.teacher.commands:teacher", "Train a mixture-of-experts teacher."),
     "distill": ("gori.distill.commands:distill", "Pour a dense student out of a teacher."),
     "quantize": ("gori.quantize.commands:quantize", "Integers and scales, once, for every target."),
-    "export": ("gori.export.commands:export_command", "Carry the integers into a target's file and prove it by running."),
-    "eval": ("gori.runtime.commands:evaluate_command", "Exact call match per language, of a checkpoint or an artifact."),
+    "export": (
+        "gori.export.commands:export_command",
+        "Carry the integers into a target's file and prove it by running.",
+    ),
+    "eval": (
+        "gori.runtime.commands:evaluate_command",
+        "Exact call match per language, of a checkpoint or an artifact.",
+    ),
     "call": ("gori.runtime.commands:call", "One utterance, one call as JSON."),
     "chat": ("gori.runtime.commands:chat", "A conversation."),
     "bench": ("gori.runtime.commands:bench", "Prefill and decode tokens/s, TTFT, load, peak RSS."),

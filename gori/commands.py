@@ -35,9 +35,7 @@ def demo(out: Path, seed: int, overrides: tuple[str, ...], as_json: bool) -> Non
 @click.option("--until", default="report", show_default=True, help="Last stage to run.")
 @click.option("--dry-run", is_flag=True, help="Say what each stage would do.")
 @json_option
-def run(
-    recipe: Path, out: Path | None, overrides: tuple[str, ...], until: str, dry_run: bool, as_json: bool
-) -> None:
+def run(recipe: Path, out: Path | None, overrides: tuple[str, ...], until: str, dry_run: bool, as_json: bool) -> None:
     """Run every stage of RECIPE; a stage whose inputs and settings are unchanged is skipped."""
     from gori.recipe import load
 

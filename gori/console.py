@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-stderr = Console(stderr=True, highlight=False)
+stderr = Console(stderr=True, highlight=False, emoji=False)
 
 
 def log(message: str) -> None:
@@ -27,7 +27,7 @@ def result(value: Any, as_json: bool, text: str | Table) -> None:
     if as_json:
         print(json.dumps(value, ensure_ascii=False))
     elif isinstance(text, Table):
-        Console(highlight=False).print(text)
+        Console(highlight=False, emoji=False).print(text)
     else:
         print(text)
 

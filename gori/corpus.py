@@ -6,6 +6,7 @@ the words around a value stay, the value changes.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -42,9 +43,7 @@ def read(train: Path, dev: Path, tests: Sequence[Path], tools: Path) -> Corpus:
             raise GoriError(f"two test files are named {path.stem!r}: rename one, results are told apart by it")
         splits[path.stem] = read_conversations(path, functions)
     files = {"train": train, "dev": dev, "tools": tools} | {f"test/{p.stem}": p for p in tests}
-    return Corpus(
-        functions, read_conversations(train, functions), read_conversations(dev, functions), splits, files
-    )
+    return Corpus(functions, read_conversations(train, functions), read_conversations(dev, functions), splits, files)
 
 
 def hashes(corpus: Corpus) -> dict[str, str]:
@@ -107,16 +106,29 @@ def find_value(utterance: str, value: str) -> re.Match[str] | None:
     return found[0] if len(found) == 1 else None
 
 
-def swap(c: Conversation, pool: Mapping[str, Sequence[str]], rng: np.random.Generator) -> Conversation:
-    """The same request with other values for the string arguments that stand verbatim in it."""
-    utterance, calls = c.utterance, []
-    for call in c.answer.calls or ():
-        arguments = dict(call.arguments)
+def _spans(utterance: str, calls: Sequence[Call]) -> list[tuple[int, str, tuple[int, int]]]:
+    """(call, argument, where it stands) of each value that stands verbatim, numbers and the items of lists too."""
+    found = []
+    for i, call in enumerate(calls):
         for name, value in call.arguments.items():
-            found = find_value(utterance, value) if isinstance(value, str) else None
-            if found and len(pool.get(name, ())) > 1:
-                arguments[name] = pool[name][int(rng.integers(len(pool[name])))]
-                utterance = utterance[: found.start()] + arguments[name] + utterance[found.end() :]
-        calls.append(Call(call.name, arguments))
+            for v in value if isinstance(value, list) else [value]:
+                if m := find_value(utterance, v if isinstance(v, str) else json.dumps(v)):
+                    found.append((i, name, m.span()))
+    return found
+
+
+def swap(c: Conversation, pool: Mapping[str, Sequence[str]], rng: np.random.Generator) -> Conversation:
+    """The same request with other values for the string arguments that stand verbatim in it.
+
+    A value whose words another argument shares stays: one text cannot follow two arguments.
+    """
+    utterance, calls = c.utterance, [Call(x.name, dict(x.arguments)) for x in c.answer.calls or ()]
+    spans = _spans(utterance, calls)
+    for i, name, (start, end) in sorted(spans, key=lambda s: s[2], reverse=True):  # from the right: places stay
+        alone = sum(a < end and start < b for _, _, (a, b) in spans) == 1
+        if alone and isinstance(calls[i].arguments[name], str) and len(pool.get(name, ())) > 1:
+            value = pool[name][int(rng.integers(len(pool[name])))]
+            calls[i] = replace(calls[i], arguments={**calls[i].arguments, name: value})
+            utterance = utterance[:start] + value + utterance[end:]
     turns = [replace(t, content=utterance) if t.content == c.utterance else t for t in c.turns[:-1]]
     return Conversation((*turns, Turn("assistant", None, tuple(calls)) if c.answer.calls is not None else c.answer))

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from gori.calls import ASSISTANT, END, SYSTEM, USER, Call, CallError, Function, check_call, render
+from gori.artifact import read_bytes
+from gori.calls import ASSISTANT, END, SYSTEM, USER, Call, CallError, Function, check_call, read_text, render
 from gori.errors import GoriError
 from gori.tokenizer import Tokenizer
 
@@ -60,10 +61,7 @@ class Example:
 
 def read_conversations(path: Path, functions: Mapping[str, Function]) -> list[Conversation]:
     """All conversations of a JSON Lines file, each checked; the first bad line is refused with its place."""
-    try:
-        raw = Path(path).read_bytes()
-    except FileNotFoundError as e:
-        raise GoriError(f"{path} does not exist") from e
+    raw = read_bytes(path)
     if not raw.strip():
         raise GoriError(f"{path} is empty: expected one conversation a line")
     rows = []
@@ -77,23 +75,28 @@ def _read_line(line: bytes, where: str, functions: Mapping[str, Function]) -> Co
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as e:
-        raise GoriError(f"{where} column {e.start + 1}: byte 0x{line[e.start]:02x} is not UTF-8") from e
+        column = len(line[: e.start].decode("utf-8")) + 1
+        raise GoriError(f"{where} column {column}: byte 0x{line[e.start]:02x} is not UTF-8") from e
     try:
-        body = json.loads(text)
+        body = read_text(json.loads(text), where)
     except json.JSONDecodeError as e:
         raise GoriError(f"{where} column {e.colno}: not JSON ({e.msg})") from e
+    except (ValueError, RecursionError) as e:  # a number of thousands of digits, endless nesting
+        raise GoriError(f"{where} column 1: JSON that cannot be read ({e})") from e
     messages = body.get("messages") if isinstance(body, dict) else None
     if not isinstance(messages, list) or not messages:
         raise GoriError(f'{where} column 1: expected {{"messages": [...]}} with at least one message')
     turns = tuple(_turn(m, f"{where} message {i}", functions) for i, m in enumerate(messages))
     if turns[-1].role != "assistant":
-        raise GoriError(f"{where} message {len(turns) - 1}: a row ends with the assistant's answer, got {turns[-1].role}")
+        raise GoriError(
+            f"{where} message {len(turns) - 1}: a row ends with the assistant's answer, got {turns[-1].role}"
+        )
     return Conversation(turns)
 
 
 def _turn(m: Any, where: str, functions: Mapping[str, Function]) -> Turn:
     role = m.get("role") if isinstance(m, dict) else None
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise GoriError(f"{where}: role {role!r}, expected one of {', '.join(ROLES)}")
     content, calls = m.get("content"), m.get("tool_calls")
     if content is not None and not isinstance(content, str):
@@ -105,6 +108,8 @@ def _turn(m: Any, where: str, functions: Mapping[str, Function]) -> Turn:
     if (content is None) == (calls is None):
         raise GoriError(f"{where}: an assistant's message has content or tool_calls, one of the two")
     if calls is None:
+        if not content:
+            raise GoriError(f"{where}: the assistant says nothing: give content, or an empty tool_calls list")
         return Turn(role, content)
     if not isinstance(calls, list):
         raise GoriError(f"{where}: tool_calls must be a list, got {type(calls).__name__}")
@@ -118,9 +123,9 @@ def _call(c: Any, where: str, functions: Mapping[str, Function]) -> Call:
     arguments = f.get("arguments", {})
     if isinstance(arguments, str):  # the OpenAI API sends arguments as a JSON string
         try:
-            arguments = json.loads(arguments)
-        except json.JSONDecodeError as e:
-            raise GoriError(f"{where}: arguments are a string that is not JSON ({e.msg})") from e
+            arguments = read_text(json.loads(arguments), where)
+        except (ValueError, RecursionError) as e:
+            raise GoriError(f"{where}: arguments are a string that is not JSON ({e})") from e
     if not isinstance(arguments, dict):
         raise GoriError(f"{where}: arguments must be an object, got {type(arguments).__name__}")
     call = Call(f["name"], arguments)

@@ -14,6 +14,7 @@ import numpy as np
 
 from gori.calls import Call, CallError, Function, parse, same_calls
 from gori.data import Conversation, encode, prompt_ids
+from gori.errors import GoriError
 from gori.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -55,25 +56,28 @@ def batched(model: Decoder, end: int, batch: int = 64) -> Generate:
         for i, p in enumerate(prompts):
             by_length[len(p)].append(i)
         answers: list[list[int]] = [[] for _ in prompts]
+        device = model.rope_freq.device
         for length, rows in by_length.items():
+            if length > model.cfg.max_position:
+                raise GoriError(f"a prompt of {length} tokens exceeds the context of {model.cfg.max_position}: shorten it")
             for start in range(0, len(rows), batch):
                 some = rows[start : start + batch]
                 room = min(MAX_NEW_TOKENS, model.cfg.max_position - length)
-                cache = KVCache(model.cfg, len(some), length + room)
-                ids = torch.tensor([prompts[i] for i in some])
+                cache = KVCache(model.cfg, len(some), length + room, device=device)
+                ids = torch.tensor([prompts[i] for i in some], device=device)
                 for i, answer in zip(some, _greedy(ids, cache, room), strict=True):
                     answers[i] = answer
         return answers
 
     def _greedy(ids_BT: torch.Tensor, cache: KVCache, room: int) -> list[list[int]]:
         said: list[torch.Tensor] = []
-        alive = torch.ones(len(ids_BT), dtype=torch.bool)
+        alive = torch.ones(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
         while len(said) < room and alive.any():
             next_B = model.logits(model.hidden(ids_BT, cache)[:, -1]).argmax(-1)
             said.append(next_B)
             alive &= next_B != end
             ids_BT = next_B.unsqueeze(1)
-        rows = torch.stack(said, dim=1).tolist()
+        rows = torch.stack(said, dim=1).tolist() if said else [[] for _ in ids_BT]
         return [row[: row.index(end)] if end in row else row for row in rows]
 
     return run

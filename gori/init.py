@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from gori.artifact import os_errors
+from gori.artifact import writing
 from gori.calls import read_tools
 from gori.data import read_conversations
 from gori.errors import GoriError
@@ -23,15 +24,17 @@ def write_recipe(directory: Path, files: Sequence[Path], tools: Path | None) -> 
         raise GoriError(f"{directory} is not empty: name a new directory")
     if files and tools is None:
         raise GoriError("--data needs --tools FILE: the functions that the conversations call")
+    if tools:
+        read_tools(tools)
     parts = _split(files, tools) if files and tools else {}
-    with os_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, lines in parts.items():
-            (directory / f"{name}.jsonl").write_bytes(b"".join(lines))
+    text = resources.files("gori").joinpath("starter.yaml").read_text(encoding="utf-8")
+    name = json.dumps(directory.resolve().name, ensure_ascii=False)  # a quoted string is YAML too: a name may be 2024
+    with writing(directory) as tmp:
+        for part, lines in parts.items():
+            (tmp / f"{part}.jsonl").write_bytes(b"".join(lines))
         if tools:
-            shutil.copyfile(tools, directory / "tools.json")
-        text = resources.files("gori").joinpath("starter.yaml").read_text(encoding="utf-8")
-        (directory / "recipe.yaml").write_text(text.replace("NAME", directory.name), encoding="utf-8")
+            shutil.copyfile(tools, tmp / "tools.json")
+        (tmp / "recipe.yaml").write_text(text.replace("NAME", name), encoding="utf-8")
     return directory / "recipe.yaml"
 
 

@@ -116,10 +116,17 @@ class RMSNorm(nn.Module):
 class KVCache:
     """Keys and values of every layer, `[B, K, max_len, head_dim]`, and how many positions are filled."""
 
-    def __init__(self, cfg: ModelConfig, batch: int, max_len: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        batch: int,
+        max_len: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
         shape = (cfg.layers, batch, cfg.kv_heads, max_len, cfg.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype)
-        self.v = torch.zeros(shape, dtype=dtype)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.length = 0
         self.max_len = max_len
 
@@ -157,9 +164,7 @@ class Attention(nn.Module):
         cos, sin = rope
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def forward(
-        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in self.qkv(x_BTD, rope))
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
@@ -274,7 +279,7 @@ class Decoder(nn.Module):
         self.register_buffer("rope_freq", rope_frequencies(cfg), persistent=False)
 
     def initialise(self, generator: torch.Generator) -> Decoder:
-        """Fill every matrix from N(0, init_std), the two that write to the residual stream scaled by 1/sqrt(2 layers)."""
+        """Fill every matrix from N(0, init_std), those that write to the residual stream scaled by 1/sqrt(2 layers)."""
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)

@@ -11,6 +11,10 @@ out_option = click.option(
     "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Directory to write."
 )
 set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe's key, as in distill.train.steps=500."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a recipe's key, as in distill.train.steps=500.",
 )
 recipe_argument = click.argument("recipe", type=click.Path(path_type=Path, dir_okay=False))

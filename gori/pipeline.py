@@ -131,9 +131,7 @@ def stage_distill(run: Run) -> None:
     from gori.distill.stage import train_student
 
     r = run.recipe
-    train_student(
-        r.student, r.distill, run.teacher_dir, run.corpus, run.dir("tokenizer"), r.seed, run.dir("distill")
-    )
+    train_student(r.student, r.distill, run.teacher_dir, run.corpus, run.dir("tokenizer"), r.seed, run.dir("distill"))
 
 
 def stage_control(run: Run) -> None:
@@ -142,9 +140,7 @@ def stage_control(run: Run) -> None:
         return
     from gori.distill.stage import train_control
 
-    train_control(
-        r.student, r.distill, run.teacher_dir, run.corpus, run.dir("tokenizer"), r.seed, run.dir("control")
-    )
+    train_control(r.student, r.distill, run.teacher_dir, run.corpus, run.dir("tokenizer"), r.seed, run.dir("control"))
 
 
 def stage_quantize(run: Run) -> None:

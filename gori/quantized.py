@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gori import checkpoint
-from gori.artifact import read_json, write_json
+from gori.artifact import read_object, write_json
 from gori.errors import GoriError
 from gori.model import Decoder
 
@@ -170,9 +169,7 @@ def apply(model: Decoder, tensors: dict[str, QuantizedTensor], spec: Quantizatio
     return model.eval()
 
 
-def save(
-    model: Decoder, tensors: dict[str, QuantizedTensor], spec: Quantization, directory: Path
-) -> None:
+def save(model: Decoder, tensors: dict[str, QuantizedTensor], spec: Quantization, directory: Path) -> None:
     """Write config.json, model.safetensors and quantization.json of a *float* decoder and its integers."""
     stored: dict[str, Tensor] = {}
     for name, t in checkpoint.hf_tensors(model).items():
@@ -184,7 +181,7 @@ def save(
         if not torch.equal(stored[f"{name}.scale"].float(), t.scale):
             raise AssertionError(f"scale of {name} is not exact in float16")
     write_json(directory / "config.json", checkpoint.config_to_hf(model.cfg))
-    save_file(stored, directory / checkpoint.WEIGHTS, metadata={"format": "pt"})
+    checkpoint.write_tensors(stored, directory / checkpoint.WEIGHTS)
     body = asdict(spec) | {"tensors": {k: asdict(v) for k, v in sorted(spec.tensors.items())}}
     write_json(directory / SCHEMA, body)
 
@@ -195,11 +192,11 @@ def is_quantized(directory: Path) -> bool:
 
 def read(directory: Path) -> tuple[Quantization, dict[str, QuantizedTensor], dict[str, Tensor]]:
     """quantization.json, the quantized tensors, and the float ones under their Hugging Face names."""
-    body = read_json(directory / SCHEMA)
+    body = read_object(directory / SCHEMA)
     try:
         spec = Quantization(**body)
         spec.tensors = {k: TensorScheme(**v) for k, v in body["tensors"].items()}
-    except (TypeError, KeyError) as e:
+    except (TypeError, KeyError, AttributeError) as e:
         raise GoriError(f"{directory / SCHEMA} does not have the fields of gori's quantization.json: {e}") from e
     raw = checkpoint.read_tensors(directory)
     tensors = {name: _read_tensor(raw, name, scheme, directory) for name, scheme in spec.tensors.items()}

@@ -53,6 +53,8 @@ class Train(Section):
     evaluate_every: int = Field(0, ge=0)
     swap_values: float = Field(0.0, ge=0, le=1)
     """Share of rows whose string values are swapped, in utterance and call, for other values of the same argument."""
+    echo: float = Field(0.0, ge=0, le=1)
+    echo_until: float = Field(0.3, gt=0, le=1)
     compile: bool = False
     threads: int | None = Field(None, ge=1)
     """CPU threads; null: one for each core."""
@@ -64,12 +66,16 @@ class Shape(Section):
     hidden_size: int = Field(128, ge=8)
     layers: int = Field(4, ge=1)
     heads: int = Field(4, ge=1)
-    kv_heads: int = Field(2, ge=1)
+    kv_heads: int = Field(4, ge=1)
     head_dim: int = Field(32, ge=2)
     intermediate_size: int = Field(256, ge=8)
     tied: bool = True
-    init_std: float = Field(0.01, gt=0)
+    init_std: float = Field(0.02, gt=0)
     max_position: int = Field(256, ge=16)
+    rope_theta: float = Field(1e6, gt=1)
+    """A large one leaves more of a small head's dimensions free of position, to match content with."""
+    induction: bool = True
+    """Start random weights with a circuit that copies (gori.induction)."""
 
 
 class Teacher(Shape):
@@ -129,7 +135,7 @@ class Recipe(Section):
     quantize: Quantize = Quantize()
     export: list[Export] = [Export()]
     gates: dict[str, str] = {}
-    """`"accuracy.executorch.template.exact": ">= 0.8"`: a dotted path into summary.json, or a ratio of two with ` / `."""
+    """`"accuracy.executorch.test.exact": ">= 0.8"`: a dotted path into summary.json, or a ratio of two with ` / `."""
     budget: dict[Literal["bytes"], int] = {}
     """Largest exported file, bytes."""
 
@@ -140,6 +146,8 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
         body = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as e:
         raise GoriError(f"recipe {path} does not exist: `gori init DIR` writes one") from e
+    except OSError as e:
+        raise GoriError(f"recipe {path} cannot be read: {e.strerror or e}") from e
     except UnicodeDecodeError as e:
         raise GoriError(f"recipe {path} is not UTF-8 at byte {e.start}") from e
     except yaml.YAMLError as e:
@@ -178,10 +186,26 @@ def _override(body: dict[str, Any], override: str) -> None:
     if not eq or not key:
         raise GoriError(f"--set {override!r}: expected KEY=VALUE, as in --set distill.train.steps=500")
     *parents, leaf = key.split(".")
+    try:
+        new = yaml.safe_load(value)
+    except yaml.YAMLError as e:
+        raise GoriError(f"--set {override!r}: the value is not YAML ({' '.join(str(e).split())})") from e
     at: Any = body
     for part in parents:
-        at = at.setdefault(part, {}) if isinstance(at, dict) else at[int(part)]
-    at[leaf] = yaml.safe_load(value)
+        if isinstance(at, dict) and at.get(part) is None:
+            at[part] = {}
+        at = at[_place(at, part, override)]
+    at[_place(at, leaf, override)] = new
+
+
+def _place(at: Any, part: str, override: str) -> Any:
+    """The key of a section, or the index of a list that is long enough."""
+    if isinstance(at, dict):
+        return part
+    if isinstance(at, list) and part.isdecimal() and int(part) < len(at):
+        return int(part)
+    shown = f"a list of {len(at)}: name one of 0..{len(at) - 1}" if isinstance(at, list) else f"{at!r}, no section"
+    raise GoriError(f"--set {override!r}: what holds {part!r} is {shown}")
 
 
 def _sentence(e: ValidationError) -> str:

@@ -42,7 +42,9 @@ class Plot:
 
 def write_report(out: Path, summary: dict[str, Any], recipe: Recipe) -> None:
     """Write OUT/report.html from the summary, the manifests, the training logs and the answers."""
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
     source = resources.files("gori").joinpath("report.html.jinja").read_text(encoding="utf-8")
     logs = {name: read_log(out / name) for name in COLOURS if (out / name / "log.jsonl").exists()}
     page = environment.from_string(source).render(

@@ -30,7 +30,7 @@ def _share(rows: Sequence[Mapping[str, Any]]) -> float:
 def read_answers(out: Path, model: str) -> list[dict[str, Any]]:
     """What a model answered to every test row."""
     text = (out / "evaluate" / model / "answers.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    return [json.loads(line) for line in text.split("\n") if line]  # an answer may hold U+2028, a line end to splitlines
 
 
 def by_split(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -40,7 +40,9 @@ def by_split(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def agreement(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]], functions: Mapping[str, Function]) -> float:
+def agreement(
+    a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]], functions: Mapping[str, Function]
+) -> float:
     """Share of rows on which two models give the same call (or, where neither parses, the same text)."""
     return sum(_same(x["answer"], y["answer"], functions) for x, y in zip(a, b, strict=True)) / len(a)
 

@@ -2,12 +2,11 @@
 
 Pre-tokens never join what a value's edge may cut: one Hangul syllable, a run of other letters, one or two digits, one
 punctuation mark, each with at most one space before it. A value after a space is then tokenized alike in the utterance
-("… 서울역으로 가자") and in the call ("<|arg:place|> 서울역"). Uses the tokenizers library alone: no torch, no transformers.
+("… 서울역으로 가자") and in the call ("<|arg:place|> 서울역"). Uses the tokenizers library alone: no torch.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from gori.artifact import write_json
-from gori.calls import END, MARKERS, PAD, Function, special_tokens
+from gori.artifact import read_object, write_json
+from gori.calls import END, PAD, Function, special_tokens
 from gori.errors import GoriError
 
 FILE, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
@@ -33,6 +32,7 @@ class Tokenizer:
         self._plain = tokenizers.Tokenizer.from_str(inner.to_str())
         self._plain.encode_special_tokens = True
         self.vocab_size: int = inner.get_vocab_size()
+        self._special = {i: t.content for i, t in inner.get_added_tokens_decoder().items()}
 
     @classmethod
     def load(cls, directory: Path) -> Tokenizer:
@@ -62,14 +62,24 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text with special tokens kept; bytes that are not UTF-8 become U+FFFD."""
-        return self._inner.decode(list(ids), skip_special_tokens=False)
+        out, run = [], []
+        for i in ids:
+            if i in self._special:  # apart: the library reads a letter such as é in a special token's name as a byte
+                out += [self._decode_plain(run), self._special[i]]
+                run = []
+            else:
+                run.append(i)
+        return "".join([*out, self._decode_plain(run)])
+
+    def _decode_plain(self, ids: list[int]) -> str:
+        return self._inner.decode(ids, skip_special_tokens=False) if ids else ""
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for (a special token: its name), for incremental decoding."""
         token = self._inner.id_to_token(token_id)
         if token is None:
             return b""
-        if token in MARKERS or token.startswith(("<|call:", "<|arg:")):
+        if token_id in self._special:
             return token.encode()
         return bytes(_BYTE_OF[c] for c in token)
 
@@ -105,7 +115,7 @@ _BYTE_OF = _byte_alphabet()
 
 
 def train(texts: Iterable[str], functions: dict[str, Function], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE of `vocab_size` tokens, special tokens first. Texts begin with a space where a value would.
+    """Train a byte-level BPE of `vocab_size` tokens, special tokens first; texts begin with a space as values do.
 
     NFC is applied, so decomposed Hangul (as macOS types it) becomes the syllables that were trained on.
     """
@@ -145,7 +155,7 @@ def copy_files(source: Path, target: Path) -> None:
 def eos_ids(directory: Path) -> list[int]:
     """The ids that end a turn, from generation_config.json (an int or a list there)."""
     path = Path(directory) / "generation_config.json"
-    found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
+    found = read_object(path).get("eos_token_id") if path.exists() else None
     if found is None:
         raise GoriError(f"{path} names no eos_token_id: generation would not stop")
     return found if isinstance(found, list) else [found]

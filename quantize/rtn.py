@@ -7,8 +7,8 @@ from torch import Tensor
 
 from gori.errors import GoriError
 from gori.model import Decoder
-from gori.quantized import EMBEDDING, HEAD, Quantization, QuantizedTensor, TensorScheme, quantizable
 from gori.quantize.schemes import canonical, embedding_scheme, matching_embedding, scheme
+from gori.quantized import EMBEDDING, HEAD, Quantization, QuantizedTensor, TensorScheme, quantizable
 
 
 def portable(scale: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def bench(path: Path, threads: int | None, prompts: Sequence[int], decode_tokens
         "load_ms": round(load_ms, 1),
         "prefill": {str(n): _prefill(session, ids[:n], repeats) for n in fitting},
         "prefill_skipped": [n for n in prompts if n not in fitting],
-        "decode": _decode(session, ids, min(decode_tokens, info.context - 17), repeats),
+        "decode": _decode(session, ids, decode_tokens, repeats),
         "peak_rss_mib": round(console.peak_rss_mib(), 1),
     }
     return out
@@ -65,10 +65,11 @@ def _prefill(session: Session, ids: list[int], repeats: int) -> dict[str, float]
 
 
 def _decode(session: Session, ids: list[int], count: int, repeats: int) -> dict[str, float]:
-    times: list[float] = []
+    """Times of single tokens after a short prompt; `ids` fill the context, which bounds how many there are."""
+    times, prompt = [], min(16, len(ids) // 2)
     for _ in range(repeats):
         session.reset()
-        session.prefill(ids[:16])
-        for token in ids[16 : 16 + count]:
+        session.prefill(ids[:prompt])
+        for token in ids[prompt : prompt + count]:
             times += _times_ms(lambda token=token: session.decode(token), 1)
     return {**percentiles(times), "tokens_per_second": round(1e3 / statistics.median(times), 1)}

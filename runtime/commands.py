@@ -190,7 +190,9 @@ def bench(
     lines = [f"{body['engine']} {body['engine_version']}, {body['threads']} threads, {body['file_bytes']:,} bytes"]
     lines.append(f"load {body['load_ms']} ms, peak RSS {body['peak_rss_mib']} MiB")
     for name, row in [*((f"prefill({n})", r) for n, r in body["prefill"].items()), ("decode", body["decode"])]:
-        lines.append(f"{name:<13} {row['tokens_per_second']:>10,.1f} tok/s  p50 {row['p50_ms']} ms  p95 {row['p95_ms']} ms")
+        lines.append(
+            f"{name:<13} {row['tokens_per_second']:>10,.1f} tok/s  p50 {row['p50_ms']} ms  p95 {row['p95_ms']} ms"
+        )
     if body["prefill_skipped"]:
         lines.append(f"prefill of {body['prefill_skipped']} tokens exceeds the context and was not measured")
     console.result(body, as_json, "\n".join(lines))

@@ -2,13 +2,14 @@
 
 The wheel's pybind module hands tensors over as torch's, so torch is imported here although the model does not need it;
 `executorch.runtime` would besides import all of ExecuTorch's exporter, which is why the extension is imported itself
-(docs/executorch.md has the figures). The caches are the program's own mutable buffers: one loaded program is one session.
+(docs/executorch.md has the figures). The caches are the program's own mutable buffers: one loaded program is one
+session.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -31,9 +32,10 @@ _threads: int | None = None
 def load_engine() -> ModuleType:
     """ExecuTorch's extension module with every kernel registered; GoriError if the wheel is missing."""
     try:
-        import executorch.extension.pybindings._C as engine
+        engine = importlib.import_module("executorch.extension.pybindings._C")
     except ImportError as e:
         raise GoriError("running a .pte needs ExecuTorch: pip install 'gori[executorch]'") from e
+    assert engine.__file__ is not None
     root = Path(engine.__file__).parents[2]
     for library in KERNELS:
         torch.ops.load_library(root / library)

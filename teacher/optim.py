@@ -51,8 +51,16 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0, steps: int = 5
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        steps: int = 5,
+        joined_by_columns: Iterable[nn.Parameter] = (),
     ) -> None:
+        """`joined_by_columns`: those stacks `[E, out, in]` whose `out` is the model's width (a down projection)."""
+        self._by_columns = {id(p) for p in joined_by_columns}
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "steps": steps})
 
     @torch.no_grad()
@@ -76,13 +84,13 @@ class Muon(torch.optim.Optimizer):
             self._apply(p, u, max(p.shape), group)
 
     def _step_experts(self, p: nn.Parameter, group: dict[str, Any]) -> None:
-        """Stacks `[E, out, in]`: joined along the side that is not the model's width, the shorter of the joined matrix."""
+        """Stacks `[E, out, in]`: joined along the side that is not the model's width."""
         u, (E, m, n) = self._momentum(p, group), p.shape
-        if m >= n:  # gate_up: E*2I rows over D columns
-            joined = newton_schulz_wide(u.reshape(E * m, n).mT, group["steps"]).mT.reshape(p.shape)
-            return self._apply(p, joined, E * m, group)
-        joined = newton_schulz_wide(u.transpose(0, 1).reshape(m, E * n), group["steps"])  # down: D rows, E*I columns
-        return self._apply(p, joined.view(m, E, n).transpose(0, 1), E * n, group)
+        if id(p) in self._by_columns:  # down: D rows, E*I columns
+            joined = newton_schulz_wide(u.transpose(0, 1).reshape(m, E * n), group["steps"])
+            return self._apply(p, joined.view(m, E, n).transpose(0, 1), max(m, E * n), group)
+        joined = newton_schulz_wide(u.reshape(E * m, n).mT, group["steps"]).mT.reshape(p.shape)  # gate_up
+        return self._apply(p, joined, max(E * m, n), group)
 
     def _momentum(self, p: nn.Parameter, group: dict[str, Any]) -> Tensor:
         assert p.grad is not None
@@ -111,7 +119,8 @@ def optimizers(
 ) -> list[torch.optim.Optimizer]:
     """The two optimizers of a decoder, each group remembering its peak rate as `peak_lr`."""
     matrices, rest = split_parameters(model)
-    muon = Muon(matrices, lr=muon_lr, weight_decay=weight_decay, steps=muon_steps)
+    down = [p for name, p in model.named_parameters() if name.endswith("experts.down")]
+    muon = Muon(matrices, lr=muon_lr, weight_decay=weight_decay, steps=muon_steps, joined_by_columns=down)
     adam = torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
     for o, peak in ((muon, muon_lr), (adam, adam_lr)):
         for group in o.param_groups:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from gori import checkpoint, evaluate
 from gori.artifact import Manifest, content_hash, make
-from gori.calls import END, PAD
+from gori.calls import ECHO, END, PAD
 from gori.corpus import Corpus, epochs, hashes
 from gori.errors import GoriError
+from gori.induction import start_with_induction
 from gori.model import Decoder, ModelConfig, parameter_count
 from gori.recipe import Shape, Teacher, Train
 from gori.teacher.train import Loss, Progress, TrainBatch, TrainSettings, fit
@@ -34,9 +35,16 @@ def device() -> torch.device:
 
 def shape_config(shape: Shape, kind: str, vocab_size: int, **moe: int) -> ModelConfig:
     """A recipe's shape as a decoder's config."""
-    fields = ("hidden_size", "layers", "heads", "kv_heads", "head_dim", "intermediate_size", "tied", "init_std")
+    fields = ("hidden_size", "layers", "heads", "kv_heads", "head_dim", "intermediate_size", "tied", "init_std", "rope_theta")
     named = {f: getattr(shape, f) for f in (*fields, "max_position")}
     return ModelConfig(kind=kind, vocab_size=vocab_size, **named, **moe)  # type: ignore[arg-type]
+
+
+def fresh(cfg: ModelConfig, induction: bool, seed: int) -> Decoder:
+    """A decoder with random weights from a seed, with the copying circuit written in where asked."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Decoder(cfg).initialise(generator)
+    return start_with_induction(model, generator) if induction else model
 
 
 def answer_loss(balance: float) -> Loss:
@@ -57,7 +65,14 @@ def answer_loss(balance: float) -> Loss:
 
 
 def run_loop(
-    model: Decoder, corpus: Corpus, tokenizer: Tokenizer, loss: Loss, train: Train, seed: int, out: Path, fingerprint: str
+    model: Decoder,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    loss: Loss,
+    train: Train,
+    seed: int,
+    out: Path,
+    fingerprint: str,
 ) -> Progress:
     """Train a decoder on a corpus in place, with checkpoints beside `out`."""
     torch.set_num_threads(train.threads or os.cpu_count() or 1)
@@ -79,6 +94,7 @@ def run_loop(
         settings,
         seed=seed,
         pad=tokenizer.id(PAD),
+        echo_marker=tokenizer.id(ECHO),
         label=out.name,
         evaluate=on_dev,
         state=state,
@@ -125,7 +141,7 @@ def train_teacher(section: Teacher, corpus: Corpus, tokenizer_dir: Path, seed: i
             experts=section.experts,
             experts_per_token=section.experts_per_token,
         )
-        model = Decoder(cfg).initialise(torch.Generator().manual_seed(seed)).to(device())
+        model = fresh(cfg, section.induction, seed).to(device())
         loss = answer_loss(section.balance)
         done = run_loop(model, corpus, tokenizer, loss, section.train, seed, out, manifest.fingerprint)
         write_trained(tmp, model, tokenizer_dir, done, manifest, expert_load=_loads(done))
@@ -139,4 +155,3 @@ def _loads(done: Progress) -> dict[str, float]:
     """The most and the least used expert's share of assignments, averaged over the last tenth of the steps."""
     tail = done.log[-max(1, len(done.log) // 10) :]
     return {k: round(sum(e[k] for e in tail) / len(tail), 4) for k in ("load_max", "load_min")}
-

@@ -20,6 +20,7 @@ from torch import Tensor
 from gori import console
 from gori.artifact import os_errors
 from gori.data import Example, batches, collate
+from gori.echo import mix, share_at
 from gori.errors import GoriError
 from gori.model import Decoder
 from gori.teacher.optim import optimizers, schedule
@@ -45,6 +46,10 @@ class TrainSettings:
     muon_steps: int = 5
     evaluate_every: int = 0
     """Steps between evaluations on dev; 0: only at the end."""
+    echo: float = 0.0
+    """Share of copy-practice rows (gori.echo) at the first step."""
+    echo_until: float = 0.3
+    """Share of the steps after which there are none."""
     compile: bool = False
     """torch.compile the blocks (pays on a GPU and on long CPU runs; needs a C++ compiler)."""
 
@@ -94,6 +99,7 @@ def fit(
     *,
     seed: int,
     pad: int,
+    echo_marker: int,
     label: str,
     evaluate: Callable[[Decoder], dict[str, float]],
     state: Path,
@@ -101,9 +107,7 @@ def fit(
 ) -> Progress:
     """Train in place; returns the log. `state` is where the run's checkpoint lies until it is done."""
     device = next(model.parameters()).device
-    opts = optimizers(
-        model, settings.muon_lr, settings.adam_lr, settings.weight_decay, muon_steps=settings.muon_steps
-    )
+    opts = optimizers(model, settings.muon_lr, settings.adam_lr, settings.weight_decay, muon_steps=settings.muon_steps)
     done = _resume(state, fingerprint, model, opts)
     if settings.compile:
         for block in model.layers:
@@ -113,7 +117,8 @@ def fit(
     model.train()
     with console.steps(label, settings.steps) as bar:
         while done.step < settings.steps:
-            batch = to_tensors(next(stream), pad, device)
+            share = share_at(done.step, settings.steps, settings.echo, settings.echo_until)
+            batch = to_tensors(mix(next(stream), share, echo_marker, seed, done.step), pad, device)
             entry = _step(model, batch, loss, opts, settings, done.step)
             done.step += 1
             done.tokens += int(batch.valid_BT.sum())
@@ -143,7 +148,9 @@ def _step(
     with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
         value, entry = loss(model, batch)
     if not torch.isfinite(value):
-        raise GoriError(f"the loss became {value.item()} at step {step}: lower muon_lr {s.muon_lr} or adam_lr {s.adam_lr}")
+        raise GoriError(
+            f"the loss became {value.item()} at step {step}: lower muon_lr {s.muon_lr} or adam_lr {s.adam_lr}"
+        )
     value.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
     for o in opts:
@@ -161,9 +168,7 @@ def _note(done: Progress) -> str:
     return "  ".join(shown)
 
 
-def _save(
-    path: Path, fingerprint: str, model: Decoder, opts: list[torch.optim.Optimizer], done: Progress
-) -> None:
+def _save(path: Path, fingerprint: str, model: Decoder, opts: list[torch.optim.Optimizer], done: Progress) -> None:
     body = {
         "fingerprint": fingerprint,
         "model": model.state_dict(),

@@ -6,3 +6,97 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from gori import corpus, tokenizer
+
+# one worker on a busy machine: a slow example is not a defect
+settings.register_profile("gori", deadline=None, derandomize=True)
+settings.load_profile("gori")
+
+PLACES = ("서울역", "강남역", "부산항", "Central Park", "Main Street", "제주공항", "Pier 39", "한강공원")
+
+
+def toy_tools() -> list[dict[str, object]]:
+    """Three functions that use every kind of argument."""
+    zone = {"type": "string", "enum": ["front", "rear"]}
+    functions = {
+        "navigate": {"place": {"type": "string"}, "stops": {"type": "array", "items": {"type": "string"}}},
+        "set_temperature": {"degrees": {"type": "number", "minimum": 16, "maximum": 30}, "zone": zone},
+        "open_window": {"zone": zone, "percent": {"type": "integer"}, "child_lock": {"type": "boolean"}},
+    }
+    return [
+        {"type": "function", "function": {"name": n, "description": n, "parameters": {"type": "object", "properties": p}}}
+        for n, p in functions.items()
+    ]  # fmt: skip
+
+
+def toy_row(said: str, *calls: tuple[str, dict[str, object]]) -> dict[str, object]:
+    """One conversation: what was said and the calls that answer it."""
+    answer = [{"type": "function", "function": {"name": n, "arguments": a}} for n, a in calls]
+    return {"messages": [{"role": "user", "content": said}, {"role": "assistant", "tool_calls": answer}]}
+
+
+def toy_rows() -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    for place in PLACES:
+        rows.append(toy_row(f"{place} 가자", ("navigate", {"place": place})))
+        rows.append(toy_row(f"take me to {place}", ("navigate", {"place": place})))
+        rows.append(toy_row(f"stop at {place} and 집", ("navigate", {"stops": [place, "집"]})))
+    for degrees in range(18, 26):
+        rows.append(toy_row(f"{degrees}도로 맞춰줘", ("set_temperature", {"degrees": degrees, "zone": "front"})))
+        rows.append(toy_row(f"open it {degrees} percent", ("open_window", {"percent": degrees, "child_lock": True})))
+    rows.append(toy_row("하늘이 왜 파래?"))
+    rows.append(toy_row("open the rear window and go to Pier 39", ("open_window", {"zone": "rear"}), ("navigate", {"place": "Pier 39"})))  # fmt: skip
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.jsonl, dev.jsonl, test.jsonl and tools.json of a toy task."""
+    out = tmp_path_factory.mktemp("toy")
+    rows = toy_rows()
+    for name, part in (("train", rows), ("dev", rows[:6]), ("test", rows[::5])):
+        write_rows(out / f"{name}.jsonl", part)
+    (out / "tools.json").write_text(json.dumps(toy_tools(), ensure_ascii=False), encoding="utf-8")
+    return out
+
+
+@pytest.fixture(scope="session")
+def toy_corpus(toy: Path) -> corpus.Corpus:
+    return corpus.read(toy / "train.jsonl", toy / "dev.jsonl", [toy / "test.jsonl"], toy / "tools.json")
+
+
+@pytest.fixture(scope="session")
+def toy_tokenizer(toy: Path, toy_corpus: corpus.Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tokenizer of the toy task and its tools."""
+    out = tmp_path_factory.mktemp("tokenizer")
+    trained = tokenizer.train(corpus.training_texts(toy_corpus.train), toy_corpus.functions, 360)
+    trained.save(out)
+    (out / "tools.json").write_bytes((toy / "tools.json").read_bytes())
+    return out
+
+
+@pytest.fixture
+def gori() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The command line in a process of its own."""
+
+    def run(*arguments: object, **more: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "gori", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, **more)  # type: ignore[call-overload]
+
+    return run

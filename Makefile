@@ -1,0 +1,41 @@
+# Set-up, the demo, the tests. Everything is installed into .venv, pinned by constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO ?= demo
+
+.PHONY: demo test test-slow lint format setup clean
+
+setup: $(VENV)/.ready
+
+# torch first: with the pinned build present nothing below pulls another one
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("gori needs Python 3.10 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip setuptools
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[executorch,dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/gori demo --out $(DEMO)
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+# pyright reads an installed copy: checkers do not follow the package-dir mapping of an editable install
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf $(VENV)/lint && $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target $(VENV)/lint .
+	$(BIN)/pyright --pythonpath $(BIN)/python --project $(VENV)/../pyrightconfig.json
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

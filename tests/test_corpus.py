@@ -1,0 +1,161 @@
+"""Rows for training: swapped values stay consistent, echo rows can be answered by copying, a mix repeats itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gori import corpus
+from gori.calls import Call
+from gori.corpus import Corpus, epochs, find_value, swap, values_by_argument
+from gori.data import Conversation, Example, Turn, encode
+from gori.echo import echo, mix, share_at
+from gori.errors import GoriError
+from gori.tokenizer import Tokenizer
+
+VALUES = ("서울역", "역", "서울역 광장", "집", "Main", "Main Street", "Street", "Pier 39", "39")
+POOL = {"a": list(VALUES), "b": list(VALUES), "c": ["집"]}
+
+
+def conversation(said: str, *calls: dict[str, object]) -> Conversation:
+    return Conversation((Turn("user", said), Turn("assistant", None, tuple(Call("f", a) for a in calls))))
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> Conversation:
+    """A sentence of values and filler words, and calls whose arguments may or may not stand in it, or overlap."""
+    pieces = draw(st.lists(st.sampled_from([*VALUES, "가자", "please", "7"]), min_size=1, max_size=6))
+    ends = draw(st.lists(st.sampled_from(["", "로", "을", ","]), min_size=len(pieces), max_size=len(pieces)))
+    said = " ".join(p + e for p, e in zip(pieces, ends, strict=True))
+    value = st.sampled_from(VALUES) | st.just(7) | st.lists(st.sampled_from(VALUES), min_size=2, max_size=2)
+    calls = draw(st.lists(st.dictionaries(st.sampled_from("abc"), value, max_size=3), min_size=1, max_size=2))
+    return conversation(said, *calls)
+
+
+def standing(c: Conversation) -> list[tuple[int, str]]:
+    """Which string arguments can be read off the utterance."""
+    return [
+        (i, name)
+        for i, call in enumerate(c.answer.calls or ())
+        for name, value in call.arguments.items()
+        if isinstance(value, str) and value in c.utterance
+    ]
+
+
+@given(requests(), st.integers(0, 2**32 - 1))
+def test_every_value_that_stood_in_the_utterance_stands_in_it_after_a_swap(c: Conversation, seed: int) -> None:
+    swapped = swap(c, POOL, np.random.default_rng(seed))
+    assert set(standing(c)) <= set(standing(swapped))
+    for before, after in zip(c.answer.calls or (), swapped.answer.calls or (), strict=True):
+        assert (after.name, list(after.arguments)) == (before.name, list(before.arguments))
+        for name, value in before.arguments.items():
+            if not isinstance(value, str) or name == "c":
+                assert after.arguments[name] == value
+
+
+@given(requests(), st.integers(0, 2**32 - 1))
+def test_a_swap_changes_only_the_words_of_the_values_it_changed(c: Conversation, seed: int) -> None:
+    swapped = swap(c, POOL, np.random.default_rng(seed))
+    said, told = c.utterance, swapped.utterance
+    changed = [
+        (old, new)
+        for x, y in zip(c.answer.calls or (), swapped.answer.calls or (), strict=True)
+        for old, new in zip(x.arguments.values(), y.arguments.values(), strict=True)
+        if old != new
+    ]
+    for old, _ in changed:
+        said = said.replace(str(old), "", 1)
+    if not changed:
+        assert told == said
+    assert len(told) - len(c.utterance) == sum(len(str(new)) - len(str(old)) for old, new in changed)
+
+
+def test_a_plain_request_is_swapped_in_utterance_and_call_alike() -> None:
+    seen = set()
+    for seed in range(40):
+        swapped = swap(conversation("서울역으로 가자", {"a": "서울역"}), POOL, np.random.default_rng(seed))
+        value = (swapped.answer.calls or ())[0].arguments["a"]
+        assert swapped.utterance == f"{value}으로 가자"
+        seen.add(value)
+    assert len(seen) > len(VALUES) // 2
+
+
+@pytest.mark.parametrize(
+    ("said", "value", "found"),
+    [
+        ("서울역으로 가자", "서울역", True), ("go to Main Street", "Main", True), ("go to Mainland", "Main", False),
+        ("남서울역으로", "서울역", False), ("집 말고 집", "집", False), ("39번", "39", True), ("a.b", "a", True),
+    ],
+)  # fmt: skip
+def test_a_value_is_found_once_and_at_a_words_beginning(said: str, value: str, found: bool) -> None:
+    assert (find_value(said, value) is not None) == found
+
+
+def test_only_values_that_stand_in_their_utterances_are_in_the_pool(toy_corpus: Corpus) -> None:
+    pool = values_by_argument(toy_corpus.train)
+    assert set(pool) == {"place", "zone"}
+    assert "Pier 39" in pool["place"]
+    assert pool["zone"] == ["rear"]
+
+
+def test_an_epochs_examples_are_a_function_of_the_seed_and_the_epoch(toy_corpus: Corpus, toy_tokenizer: Path) -> None:
+    t = Tokenizer.load(toy_tokenizer)
+    one, two = (epochs(toy_corpus.train, t, 99, 3, 0.5) for _ in range(2))
+    assert one(4) == two(4)
+    assert one(4) != one(5)
+    plain = [encode(c, t) for c in toy_corpus.train]
+    assert epochs(toy_corpus.train, t, 99, 3, 0.0)(4) == plain
+    kept = sum(a == b for a, b in zip(one(4), plain, strict=True))
+    assert len(plain) / 4 < kept < len(plain)
+
+
+def test_a_row_longer_than_the_model_is_refused_not_cut(toy_corpus: Corpus, toy_tokenizer: Path) -> None:
+    with pytest.raises(GoriError, match=r"a row has \d+ tokens, the model's max_position is 5"):
+        epochs(toy_corpus.train, Tokenizer.load(toy_tokenizer), 5, 0, 0.0)
+
+
+def test_two_test_files_of_one_name_are_refused(toy: Path) -> None:
+    with pytest.raises(GoriError, match="two test files are named 'test'"):
+        corpus.read(toy / "train.jsonl", toy / "dev.jsonl", [toy / "test.jsonl"] * 2, toy / "tools.json")
+
+
+examples = st.lists(st.integers(10, 15), max_size=12).flatmap(
+    lambda said: st.just(Example([1, *said, 2, 20, 21, 3], [False] * (len(said) + 2) + [True] * 3))
+)
+
+
+@given(examples, st.integers(0, 2**32 - 1))
+def test_what_an_echo_row_predicts_stood_earlier_after_the_same_token(e: Example, seed: int) -> None:
+    row = echo(e, 99, np.random.default_rng(seed))
+    said = e.ids[1:-4]
+    if len(said) < 2:
+        assert row == e
+        return
+    assert row.ids[: len(said) + 1] == [1, *said]
+    predicted = [i for i, on in enumerate(row.loss) if on]
+    assert predicted
+    pairs = list(zip(said, said[1:], strict=False))
+    for i in predicted:
+        assert (row.ids[i - 1], row.ids[i]) in pairs
+    pieces = row.ids[len(said) + 1 :]
+    assert pieces.count(99) == 2
+    # the first token of a piece cannot be known
+    assert not any(row.loss[i] or row.loss[i + 1] for i, t in enumerate(row.ids) if t == 99)
+
+
+@given(st.lists(examples, min_size=1, max_size=20), st.floats(0, 1), st.integers(0, 9), st.integers(0, 9))
+def test_a_mix_is_the_same_each_time_and_takes_its_share(rows: list[Example], share: float, seed: int, step: int) -> None:
+    mixed = mix(rows, share, 99, seed, step)
+    assert mixed == mix(rows, share, 99, seed, step)
+    assert mix(rows, 0.0, 99, seed, step) == rows
+    assert all(99 in e.ids for e, old in zip(mix(rows, 1.0, 99, seed, step), rows, strict=True) if len(old.ids) > 6)
+    assert all(new == old or 99 in new.ids for new, old in zip(mixed, rows, strict=True))
+
+
+def test_the_share_of_echo_rows_falls_linearly_to_none() -> None:
+    shares = [share_at(s, 100, 0.4, 0.5) for s in (0, 25, 50, 99)]
+    assert shares == [0.4, pytest.approx(0.2), 0.0, 0.0]
