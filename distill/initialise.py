@@ -93,7 +93,9 @@ def _check(student: Decoder, teacher: Decoder, layers: Sequence[int]) -> None:
         if mine > theirs:
             raise GoriError(f"the student's {name} {mine} exceeds the teacher's {theirs}: shrink it or use init random")
     if t.kind == "qwen2" and s.kind != "qwen2":
-        raise GoriError(f"the teacher's attention has biases and a {s.kind} student none: use kind qwen2 or init random")
+        raise GoriError(
+            f"the teacher's attention has biases and a {s.kind} student none: use kind qwen2 or init random"
+        )
     for name in ("head_dim", "vocab_size", "qk_norm", "rope_theta", "rope_scaling"):
         mine, theirs = getattr(s, name), getattr(t, name)
         if mine != theirs:

@@ -3,7 +3,7 @@
 The gradient with respect to the student's hidden states and head is formed in the forward pass, from closed forms, and
 only those two are kept; nothing is recomputed. Knows nothing of models: hidden states and head matrices come in.
 
-Shapes: N tokens, C tokens of a chunk, D student width, V vocabulary. Logits and gradients are float32 (float64 if given).
+Shapes: N tokens, C tokens of a chunk, D student width, V vocabulary. Logits and gradients: float32 (float64 if given).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CHUNK_BYTES = 32 << 20
 """Size of one [C, V] float32 tensor; a handful of them live at once."""
 
 Term = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(student log-probabilities, teacher log-probabilities), both [C, V] → (loss [C], d loss / d student logits [C, V])."""
+"""(student, teacher log-probabilities), both [C, V] → (loss [C], d loss / d student logits [C, V])."""
 
 
 def forward_kl(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:

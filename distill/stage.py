@@ -1,4 +1,4 @@
-"""The distill stage: teacher folder + recipe → a dense student, and the control run that shows what the teacher gave."""
+"""The distill stage: teacher folder + recipe → a dense student, and the control run that shows what a teacher gave."""
 
 from __future__ import annotations
 

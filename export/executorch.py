@@ -7,6 +7,7 @@ own. Nothing is quantized here.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 import warnings
@@ -117,6 +118,9 @@ def read_weights(source: Path) -> Weights:
 
 
 def _load_exporter() -> Any:
+    # torchao names kernels of other machines that it cannot load; torch names torchao's enums
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         from gori.export import executorch_graph
     except ImportError as e:

@@ -50,7 +50,8 @@ def config_from_hf(body: dict[str, Any], source: Path | str = "config.json") -> 
     """Read the fields of a Hugging Face config.json; what the decoder cannot compute is refused by name."""
     kind = body.get("model_type", "")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
-        raise GoriError(f"{source}: model_type {kind!r} is not one that gori computes{nearest(str(kind), ARCHITECTURES)}")
+        near = nearest(str(kind), ARCHITECTURES)
+        raise GoriError(f"{source}: model_type {kind!r} is not one that gori computes{near}")
     biased = kind == "qwen2"
     for key, allowed in {**_ONLY, "attention_bias": biased}.items():
         got = body.get(key, allowed)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import sys
 
 import click
@@ -74,12 +76,21 @@ def root() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line: exit 0 done, 1 a user's error in one sentence, 2 usage, 3 a gate or budget not met."""
     try:
-        root.main(arguments, prog_name="gori", standalone_mode=True)
+        try:
+            root.main(arguments, prog_name="gori", standalone_mode=True)
+        finally:
+            sys.stdout.flush()
     except GateError as e:
         _say(e)
         sys.exit(3)
     except GoriError as e:
         _say(e)
+        sys.exit(1)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter's last flush would fail again
+        _say(GoriError(f"cannot write the result: {e.strerror}: free space"))
         sys.exit(1)
 
 

@@ -145,6 +145,6 @@ def doctor(as_json: bool) -> None:
         table.add_column(column)
     for r in rows:
         table.add_row(r["name"], "yes" if r["works"] else "no", r["version"], r["mend"])
-    console.result(rows, as_json, table)
+    console.result({"needs": rows}, as_json, table)
     if missing := [r["name"] for r in rows if r["needed"] and not r["works"]]:
         raise GoriError(f"gori itself needs {', '.join(missing)}: run `pip install gori` again")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,33 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 stderr = Console(stderr=True, highlight=False, emoji=False)
+
+
+_bars = sys.stderr.isatty()
+
+
+def plain() -> None:
+    """Log lines in place of bars, for a process that shares the terminal with others."""
+    global _bars
+    _bars = False
+
+
+@contextmanager
+def without_lines(*parts: str) -> Iterator[None]:
+    """Hold back what native code writes to stderr meanwhile, and pass on all lines but those that hold one of `parts`."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(saved, 2)
+            os.close(saved)
+            held.seek(0)
+            lines = held.read().decode("utf-8", errors="replace").splitlines(keepends=True)
+            sys.stderr.write("".join(line for line in lines if not any(p in line for p in parts)))
 
 
 def log(message: str) -> None:
@@ -50,7 +79,7 @@ class Steps:
 @contextmanager
 def steps(label: str, total: int, every_s: float = 15.0) -> Iterator[Steps]:
     """Show progress of `total` steps."""
-    if not sys.stderr.isatty():
+    if not _bars:
         yield Steps(None, None, label, total, every_s)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -152,10 +152,7 @@ def encode(c: Conversation, tokenizer: Tokenizer) -> Example:
     loss: list[bool] = []
     for t in c.turns:
         answer = t.role == "assistant"
-        if t.calls is not None:
-            said = tokenizer.encode_markup(render(t.calls))
-        else:
-            said = tokenizer.encode(f" {t.content}")
+        said = tokenizer.encode(f" {t.content}") if t.calls is None else tokenizer.encode_markup(render(t.calls))
         piece = [tokenizer.id(ROLES[t.role]), *said, *([tokenizer.id(END)] if answer else [])]
         ids += piece
         loss += [False] + [answer] * (len(piece) - 1)

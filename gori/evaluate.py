@@ -59,7 +59,8 @@ def batched(model: Decoder, end: int, batch: int = 64) -> Generate:
         device = model.rope_freq.device
         for length, rows in by_length.items():
             if length > model.cfg.max_position:
-                raise GoriError(f"a prompt of {length} tokens exceeds the context of {model.cfg.max_position}: shorten it")
+                context = model.cfg.max_position
+                raise GoriError(f"a prompt of {length} tokens exceeds the context of {context}: shorten it")
             for start in range(0, len(rows), batch):
                 some = rows[start : start + batch]
                 room = min(MAX_NEW_TOKENS, model.cfg.max_position - length)

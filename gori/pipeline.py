@@ -17,6 +17,7 @@ from gori import console, corpus
 from gori.artifact import MANIFEST, Manifest, content_hash, is_current, make, read_manifest, write_json
 from gori.errors import GateError, GoriError
 from gori.gates import verdicts
+from gori.parallel import cores, only_run, together
 from gori.quantize.schemes import canonical
 from gori.recipe import Recipe
 
@@ -159,11 +160,15 @@ def stage_export(run: Run) -> None:
         export_executorch(run.dir("quantize"), run.dir("export") / e.target, context=e.context)
 
 
-def stage_evaluate(run: Run) -> None:
+def stage_evaluate(run: Run, files: bool | None = None) -> None:
+    """Answers of every model to every test row; `files` True: only exported files, False: only checkpoints."""
     from gori.runtime.evaluation import evaluate_model
 
     tests = {k: v for k, v in corpus.hashes(run.corpus).items() if k.startswith("test/") or k == "tools"}
+    targets = [e.target for e in run.recipe.export]
     for name, directory in run.models().items():
+        if files is not None and files != (name in targets):
+            continue
         manifest = Manifest("evaluate", name, 0, {}, {"model": content_hash(directory), **tests})
 
         def build(tmp: Path, name: str = name, directory: Path = directory, manifest: Manifest = manifest) -> None:
@@ -174,6 +179,10 @@ def stage_evaluate(run: Run) -> None:
             manifest.metrics["evaluate_seconds"] = round(time.monotonic() - started, 1)
 
         make(run.dir("evaluate") / name, manifest, build)
+
+
+def stage_evaluate_checkpoints(run: Run) -> None:
+    stage_evaluate(run, files=False)
 
 
 def stage_report(run: Run) -> None:
@@ -194,6 +203,7 @@ RUNNERS: dict[str, Callable[[Run], None]] = {
     "control": stage_control,
     "quantize": stage_quantize,
     "export": stage_export,
+    "evaluate checkpoints": stage_evaluate_checkpoints,
     "evaluate": stage_evaluate,
     "report": stage_report,
 }
@@ -211,11 +221,12 @@ def run_recipe(recipe: Recipe, out: Path, until: str = "report", dry_run: bool =
         for stage, state in plan(run, until):
             console.log(f"{stage:<10} {state}")
         return None
-    for stage in STAGES[: STAGES.index(until) + 1]:
-        started = time.monotonic()
-        console.log(f"── {stage}")
-        RUNNERS[stage](run)
-        console.log(f"   {stage} took {time.monotonic() - started:.1f} s")
+    with only_run(out):
+        for group in groups(run, until):
+            started = time.monotonic()
+            console.log(f"── {' and '.join(group)}")
+            _run_group(run, group)
+            console.log(f"   took {time.monotonic() - started:.1f} s")
     if until != "report":
         return None
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
@@ -223,6 +234,38 @@ def run_recipe(recipe: Recipe, out: Path, until: str = "report", dry_run: bool =
         first = "; ".join(f"{g['name']} is {g['value']:.4g}, bound {g['bound']}" for g in missed)
         raise GateError(f"{len(missed)} of {len(summary['gates'])} gates not met: {first} (everything is in {out})")
     return summary
+
+
+def groups(run: Run, until: str) -> list[tuple[str, ...]]:
+    """Stages up to `until`, those that do not need each other in one group.
+
+    Checkpoints are answered while the file is made, if both are wanted.
+    """
+    wanted = STAGES[: STAGES.index(until) + 1]
+    found: list[tuple[str, ...]] = [(s,) for s in wanted if s not in ("distill", "control", "export")]
+    if "distill" in wanted:
+        at = STAGES.index("distill")
+        found.insert(
+            at, ("distill", "control") if "control" in wanted and run.recipe.distill.control != "none" else ("distill",)
+        )
+    if "export" in wanted:
+        at = found.index(("quantize",)) + 1
+        found.insert(at, ("export", "evaluate checkpoints") if "evaluate" in wanted else ("export",))
+    return found
+
+
+def _run_group(run: Run, group: tuple[str, ...]) -> None:
+    """A student and its control get half the cores each, also where one runs alone: the number of threads changes the
+    last bits of what is trained."""
+    halves = len(group) > 1 or (group == ("distill",) and run.recipe.distill.control != "none")
+    if halves:
+        together([(_job, (run.recipe, run.out, stage)) for stage in group], share=max(1, cores() // 2))
+    else:
+        RUNNERS[group[0]](run)
+
+
+def _job(recipe: Recipe, out: Path, stage: str) -> None:
+    RUNNERS[stage](Run(recipe, out))
 
 
 def plan(run: Run, until: str) -> Iterator[tuple[str, str]]:

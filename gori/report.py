@@ -135,7 +135,7 @@ def notes(out: Path) -> list[str]:
 
 
 def examples(out: Path, summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """Ten rows with the exported file's answers: the first of each split in each language, a wrong one where there is."""
+    """Ten rows with the exported file's answers: the first of each split in each language, and a wrong one."""
     rows = read_answers(out, summary["targets"][0] if summary["targets"] else "student")
     chosen: list[dict[str, Any]] = []
     for wanted_exact in (False, True):
@@ -159,7 +159,8 @@ def claim(summary: dict[str, Any]) -> str:
     n = sum(s["n"] for s in accuracy["student"].values())
     mine, other = (sum(s["exact"] * s["n"] for s in accuracy[m].values()) / n for m in ("student", "control"))
     error = (mine * (1 - mine) / n + other * (1 - other) / n) ** 0.5
-    sampled = f"over {n} test rows (difference {(mine - other) * 100:+.1f} points, ±{1.96 * error * 100:.1f} from sampling rows)"
+    gap, noise = (mine - other) * 100, 1.96 * error * 100
+    sampled = f"over {n} test rows (difference {gap:+.1f} points, ±{noise:.1f} from sampling rows)"
     verdict = "more often right than" if mine - other > 1.96 * error else "not shown to be better than"
     if other - mine > 1.96 * error:
         verdict = "less often right than"

@@ -30,7 +30,8 @@ def _share(rows: Sequence[Mapping[str, Any]]) -> float:
 def read_answers(out: Path, model: str) -> list[dict[str, Any]]:
     """What a model answered to every test row."""
     text = (out / "evaluate" / model / "answers.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.split("\n") if line]  # an answer may hold U+2028, a line end to splitlines
+    # not splitlines: an answer may hold U+2028, which it takes for the end of a line
+    return [json.loads(line) for line in text.split("\n") if line]
 
 
 def by_split(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

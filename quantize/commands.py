@@ -33,5 +33,5 @@ def quantize(checkpoint: Path, scheme: str, embedding: str | None, method: str, 
     run(checkpoint, scheme, embedding, method, out)
     body = read_manifest(out)
     m = body["metrics"]
-    text = f"{out}: {body['name']}, {m['tensors']} tensors, {m['packed_bytes']:,} bytes packed, {m['bits_per_weight']} bits a weight"
-    console.result(body, as_json, text)
+    size = f"{m['packed_bytes']:,} bytes packed, {m['bits_per_weight']} bits a weight"
+    console.result(body, as_json, f"{out}: {body['name']}, {m['tensors']} tensors, {size}")

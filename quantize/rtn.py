@@ -13,7 +13,7 @@ from gori.quantized import EMBEDDING, HEAD, Quantization, QuantizedTensor, Tenso
 
 def portable(scale: Tensor) -> Tensor:
     """Round float32 scales to the nearest value that bfloat16 and float16 both hold exactly: a bfloat16 mantissa inside
-    float16's normal range [2^-14, 65280]. XNNPACK keeps block scales in bfloat16; GGUF, Core ML and LiteRT in float16."""
+    float16's normal range [2^-14, 65280]. XNNPACK keeps block scales in bfloat16; GGUF, Core ML, LiteRT in float16."""
     return scale.clamp(2.0**-14, 65280.0).to(torch.bfloat16).float()
 
 

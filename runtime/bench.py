@@ -1,4 +1,4 @@
-"""How fast and how large a Session is: load, prefill, decode, time to first token, resident memory. No torch of its own."""
+"""How fast and how large a Session is: load, prefill, decode, first token, resident memory. No torch of its own."""
 
 from __future__ import annotations
 

@@ -18,12 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from gori import console
 from gori.errors import GoriError
 from gori.runtime.session import Logits, Session, SessionInfo
 
 # The two libraries register the kernels that an exported decoder calls; loading a program without them fails.
 KERNELS = ("extension/llm/custom_ops/libcustom_ops_aot_lib.so", "kernels/quantized/libquantized_ops_aot_lib.so")
 DEFAULT_THREADS = 1
+CHATTER = ("[cpuinfo_utils.cpp", "[threadpool.cpp")
+"""What ExecuTorch 1.5.1's native code says on stderr each time that it starts."""
 
 _threads: int | None = None
 """The process's pool as a session set it; None before the first."""
@@ -78,11 +81,12 @@ class ExecutorchSession(Session):
 
 def open_pte(file: Path, threads: int | None) -> ExecutorchSession:
     """Load a .pte that gori exported."""
-    engine = load_engine()
-    count = set_threads(engine, threads)
     try:
-        program = engine._load_program(str(file))
-        facts = {name: _constant(program, name) for name in METADATA}
+        with console.without_lines(*CHATTER):
+            engine = load_engine()
+            count = set_threads(engine, threads)
+            program = engine._load_program(str(file))
+            facts = {name: _constant(program, name) for name in METADATA}
     except (RuntimeError, KeyError) as e:
         raise GoriError(f"{file} is not a .pte that this ExecuTorch loads ({e}): export it again") from e
     info = SessionInfo(

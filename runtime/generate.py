@@ -19,7 +19,7 @@ def choose(
     logits: np.ndarray, rng: np.random.Generator | None, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
 ) -> int:
     """A token id from logits `[V]`: the largest where `rng` is None or temperature 0, else sampled from the softmax at
-    `temperature`, cut to the `top_k` likeliest (0: all) and to the smallest set that holds `top_p` (arXiv 1904.09751)."""
+    `temperature`, cut to the `top_k` likeliest (0: all) and to the smallest set that holds `top_p` (1904.09751)."""
     if rng is None or temperature == 0:
         return int(logits.argmax())
     x = logits.astype(np.float64) / temperature

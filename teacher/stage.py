@@ -6,7 +6,6 @@ Holds also what a student's stage shares with it: running the loop on a corpus a
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from gori.corpus import Corpus, epochs, hashes
 from gori.errors import GoriError
 from gori.induction import start_with_induction
 from gori.model import Decoder, ModelConfig, parameter_count
+from gori.parallel import cores
 from gori.recipe import Shape, Teacher, Train
 from gori.teacher.train import Loss, Progress, TrainBatch, TrainSettings, fit
 from gori.tokenizer import Tokenizer, copy_files
@@ -75,8 +75,8 @@ def run_loop(
     fingerprint: str,
 ) -> Progress:
     """Train a decoder on a corpus in place, with checkpoints beside `out`."""
-    torch.set_num_threads(train.threads or os.cpu_count() or 1)
-    names = {f for f in TrainSettings.__dataclass_fields__}
+    torch.set_num_threads(train.threads or cores())
+    names = set(TrainSettings.__dataclass_fields__)
     settings = TrainSettings(**{k: v for k, v in train.model_dump().items() if k in names})
     rows = corpus.dev[:DEV_ROWS]
     end = tokenizer.id(END)
@@ -118,6 +118,7 @@ def write_trained(
         "parameters": parameter_count(model),
         "steps": done.step,
         "tokens": done.tokens,
+        "threads": torch.get_num_threads(),
         "train_seconds": round(done.seconds, 1),
         "tokens_per_second": round(done.tokens / max(done.seconds, 1e-9), 1),
         "final": done.log[-1],

@@ -34,10 +34,8 @@ def toy_tools() -> list[dict[str, object]]:
         "set_temperature": {"degrees": {"type": "number", "minimum": 16, "maximum": 30}, "zone": zone},
         "open_window": {"zone": zone, "percent": {"type": "integer"}, "child_lock": {"type": "boolean"}},
     }
-    return [
-        {"type": "function", "function": {"name": n, "description": n, "parameters": {"type": "object", "properties": p}}}
-        for n, p in functions.items()
-    ]  # fmt: skip
+    bodies = [{"name": n, "parameters": {"type": "object", "properties": p}} for n, p in functions.items()]
+    return [{"type": "function", "function": body} for body in bodies]
 
 
 def toy_row(said: str, *calls: tuple[str, dict[str, object]]) -> dict[str, object]:
@@ -56,7 +54,8 @@ def toy_rows() -> list[dict[str, object]]:
         rows.append(toy_row(f"{degrees}도로 맞춰줘", ("set_temperature", {"degrees": degrees, "zone": "front"})))
         rows.append(toy_row(f"open it {degrees} percent", ("open_window", {"percent": degrees, "child_lock": True})))
     rows.append(toy_row("하늘이 왜 파래?"))
-    rows.append(toy_row("open the rear window and go to Pier 39", ("open_window", {"zone": "rear"}), ("navigate", {"place": "Pier 39"})))  # fmt: skip
+    both = (("open_window", {"zone": "rear"}), ("navigate", {"place": "Pier 39"}))
+    rows.append(toy_row("open the rear window and go to Pier 39", *both))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Calls as text and back: a round trip over random schemas, precise refusals, and nothing but CallError from nonsense."""
+"""Calls as text and back: a round trip over random schemas, refusals by name, and only CallError from nonsense."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ from gori.errors import GoriError
 names = st.text(st.characters(codec="utf-8", exclude_characters="<|>"), min_size=1, max_size=8)
 texts = st.text(st.characters(codec="utf-8")).map(str.strip).filter(lambda s: "<|" not in s)
 SCALARS: dict[str, st.SearchStrategy[Any]] = {
-    "string": texts | st.sampled_from(['"quoted"', "a < b", "<", "|>", "12", "true", "null", "22도", "it's", "줄\n바꿈"]),
+    "string": texts
+    | st.sampled_from(['"quoted"', "a < b", "<", "|>", "12", "true", "null", "22도", "it's", "줄\n바꿈"]),
     "integer": st.integers(-(10**12), 10**12),
     "number": st.floats(allow_nan=False, allow_infinity=False) | st.integers(-1000, 1000),
     "boolean": st.booleans(),
@@ -43,7 +44,9 @@ def tools_and_calls(draw: st.DrawFn) -> tuple[dict[str, Function], list[Call]]:
     functions: dict[str, Function] = {}
     for name in draw(st.lists(names, min_size=1, max_size=3, unique=True)):
         kinds = draw(st.dictionaries(names, st.sampled_from([*SCALARS, "array"]), max_size=4))
-        properties = {k: {"type": t, "items": {"type": "string"}} if t == "array" else {"type": t} for k, t in kinds.items()}
+        properties = {
+            k: {"type": t, "items": {"type": "string"}} if t == "array" else {"type": t} for k, t in kinds.items()
+        }
         functions[name] = Function(name, "", properties)
     chosen = draw(st.lists(st.sampled_from(sorted(functions)), max_size=3))
     return functions, [Call(n, draw(arguments(functions[n].properties))) for n in chosen]
@@ -70,7 +73,9 @@ def test_what_is_rendered_is_parsed_to_the_same_calls(case: tuple[dict[str, Func
     assert same_calls(back, calls)
     assert render(back) == render(calls)
     # the types come back too: 1 == True == 1.0 would hide an error
-    assert [[type(v) for v in c.arguments.values()] for c in back] == [[type(v) for v in c.arguments.values()] for c in calls]
+    assert [[type(v) for v in c.arguments.values()] for c in back] == [
+        [type(v) for v in c.arguments.values()] for c in calls
+    ]
 
 
 @given(tools_and_calls())
@@ -85,14 +90,19 @@ def test_the_special_tokens_of_a_text_are_those_of_its_calls_and_no_more(
 
 
 TOOLS = {
-    "go": Function("go", "", {"place": {"type": "string"}, "fast": {"type": "boolean"}, "n": {"type": "integer"}}, ("place",)),
+    "go": Function(
+        "go", "", {"place": {"type": "string"}, "fast": {"type": "boolean"}, "n": {"type": "integer"}}, ("place",)
+    ),
     "warm": Function("warm", "", {"degrees": {"type": "number", "minimum": 16, "maximum": 30}}),
     "open": Function("open", "", {"zone": {"type": "string", "enum": ["front", "rear"]}}),
     "tell": Function("tell", "", {"to": {"type": "array", "items": {"type": "string"}}, "with": {"type": "object"}}),
 }
 
 
-@given(st.text() | st.lists(st.sampled_from([*special_tokens(TOOLS), " a", " 1", "{", " true", " [", "NaN", " "])).map("".join))
+@given(
+    st.text()
+    | st.lists(st.sampled_from([*special_tokens(TOOLS), " a", " 1", "{", " true", " [", "NaN", " "])).map("".join)
+)
 def test_any_other_text_raises_call_error_and_nothing_else(text: str) -> None:
     try:
         calls = parse(text, TOOLS)
@@ -107,7 +117,8 @@ def test_any_other_text_raises_call_error_and_nothing_else(text: str) -> None:
     [
         "", " ", "hello", NONE + NONE, END, "<|arg:place|> x", "<|call:go|>", "<|call:gone|><|arg:place|> x",
         "<|call:go|> x", "<|call:go|><|arg:place|> x<|arg:speed|> 1", "<|call:warm|><|arg:degrees|> warm",
-        "<|call:warm|><|arg:degrees|> NaN", "<|call:warm|><|arg:degrees|> 1e999", "<|call:warm|><|arg:degrees|> " + "9" * 5000,
+        "<|call:warm|><|arg:degrees|> NaN", "<|call:warm|><|arg:degrees|> 1e999",
+        "<|call:warm|><|arg:degrees|> " + "9" * 5000,
         "<|call:tell|><|arg:with|> " + "[" * 100_000, "<|call:go|><|arg:place|> x<|none|>",
     ],
 )  # fmt: skip

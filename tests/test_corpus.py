@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -138,7 +139,7 @@ def test_what_an_echo_row_predicts_stood_earlier_after_the_same_token(e: Example
     assert row.ids[: len(said) + 1] == [1, *said]
     predicted = [i for i, on in enumerate(row.loss) if on]
     assert predicted
-    pairs = list(zip(said, said[1:], strict=False))
+    pairs = list(pairwise(said))
     for i in predicted:
         assert (row.ids[i - 1], row.ids[i]) in pairs
     pieces = row.ids[len(said) + 1 :]
@@ -148,7 +149,9 @@ def test_what_an_echo_row_predicts_stood_earlier_after_the_same_token(e: Example
 
 
 @given(st.lists(examples, min_size=1, max_size=20), st.floats(0, 1), st.integers(0, 9), st.integers(0, 9))
-def test_a_mix_is_the_same_each_time_and_takes_its_share(rows: list[Example], share: float, seed: int, step: int) -> None:
+def test_a_mix_is_the_same_each_time_and_takes_its_share(
+    rows: list[Example], share: float, seed: int, step: int
+) -> None:
     mixed = mix(rows, share, 99, seed, step)
     assert mixed == mix(rows, share, 99, seed, step)
     assert mix(rows, 0.0, 99, seed, step) == rows

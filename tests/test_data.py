@@ -47,8 +47,8 @@ BAD: dict[str, tuple[bytes | str, str]] = {
     "nesting without end": ('{"messages": ' + "[" * 100_000, "line 1 column 1: JSON that cannot be read"),
     "a number without end": ('{"messages": ' + "9" * 5000 + "}", "line 1 column 1: JSON that cannot be read"),
     "half a surrogate": (row(content="x").replace('"x"', r'"\ud83d"'), "line 1: .* holds half a surrogate pair"),
-    "no answer": ('{"messages": [{"role": "user", "content": "a"}]}', "message 0: a row ends with the assistant's answer"),
-    "an unknown role": ('{"messages": [{"role": "bot", "content": "a"}]}', "message 0: role 'bot', expected one of user,"),
+    "no answer": ('{"messages": [{"role": "user", "content": "a"}]}', "message 0: a row ends with the assistant's"),
+    "an unknown role": ('{"messages": [{"role": "bot", "content": "a"}]}', "message 0: role 'bot', expected one of"),
     "a role that is a list": ('{"messages": [{"role": ["user"]}]}', r"message 0: role \['user'\], expected one of"),
     "a message that is text": ('{"messages": ["a"]}', "message 0: role None"),
     "content that is a list": ('{"messages": [{"role": "user", "content": []}]}', "content must be a string, got list"),
@@ -58,9 +58,9 @@ BAD: dict[str, tuple[bytes | str, str]] = {
     "an answer of nothing": (row(content=""), "the assistant says nothing: give content, or an empty tool_calls list"),
     "calls that are no list": (row(tool_calls={}), "tool_calls must be a list, got dict"),
     "a call without a function": (row(tool_calls=[{}]), r"message 1 tool_calls\[0\]: expected"),
-    "an unknown tool": (row(tool_calls=[call("navigat", {})]), "'navigat' is not among the tools: did you mean 'navigate'"),
-    "an unknown argument": (row(tool_calls=[call("navigate", {"plaice": "x"})]), "has no argument 'plaice': did you mean 'place'"),
-    "a value of another type": (row(tool_calls=[call("open_window", {"percent": "9"})]), "'percent' is \"9\", its schema says integer"),
+    "an unknown tool": (row(tool_calls=[call("navigat", {})]), "'navigat' is not among .* did you mean 'navigate'"),
+    "an unknown argument": (row(tool_calls=[call("navigate", {"plaice": 1})]), "'plaice': did you mean 'place'"),
+    "a value of another type": (row(tool_calls=[call("open_window", {"percent": "9"})]), '"9", its schema says int'),
     "arguments that are a list": (row(tool_calls=[call("navigate", [])]), "arguments must be an object, got list"),
     "arguments that are no JSON": (row(tool_calls=[call("navigate", "{")]), "arguments are a string that is not JSON"),
     "a special token in a value": (row(tool_calls=[call("navigate", {"place": "<|end|>"})]), "opens a special token"),
@@ -108,7 +108,9 @@ def test_no_function_fits_is_an_empty_list_of_calls_and_content_is_text(toy: Pat
     assert [as_messages(r)[1].get("tool_calls") for r in rows] == [[], None]
 
 
-@pytest.mark.parametrize(("said", "language"), [("서울 가자", "ko"), ("go", "en"), ("play 아이유 now", "ko"), ("é", "en")])
+@pytest.mark.parametrize(
+    ("said", "language"), [("서울 가자", "ko"), ("go", "en"), ("play 아이유 now", "ko"), ("é", "en")]
+)
 def test_a_row_is_korean_where_the_user_writes_hangul(said: str, language: str) -> None:
     assert Conversation((Turn("user", said), Turn("assistant", "가"))).language == language
 
@@ -144,7 +146,9 @@ def test_epochs_and_seeds_are_shuffled_each_in_their_own_way() -> None:
 
 
 @given(st.lists(st.lists(st.tuples(st.integers(1, 99), st.booleans()), min_size=1, max_size=9), min_size=1, max_size=5))
-def test_a_batch_holds_its_rows_and_padding_that_is_neither_valid_nor_predicted(rows: list[list[tuple[int, bool]]]) -> None:
+def test_a_batch_holds_its_rows_and_padding_that_is_neither_valid_nor_predicted(
+    rows: list[list[tuple[int, bool]]],
+) -> None:
     examples = [Example([t for t, _ in r], [p for _, p in r]) for r in rows]
     b = collate(examples, pad=0)
     assert b.ids.shape[1] == max(map(len, rows))

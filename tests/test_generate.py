@@ -57,7 +57,9 @@ def test_no_randomness_is_the_largest_logit(values: list[float], seed: int) -> N
     st.lists(st.floats(-9, 9, width=32), min_size=1, max_size=12), st.floats(0.01, 1.0), st.integers(0, 12),
     st.integers(0, 99),
 )  # fmt: skip
-def test_the_smallest_set_that_holds_top_p_is_kept_and_no_more(values: list[float], top_p: float, top_k: int, seed: int) -> None:
+def test_the_smallest_set_that_holds_top_p_is_kept_and_no_more(
+    values: list[float], top_p: float, top_k: int, seed: int
+) -> None:
     x = np.array(values, dtype=np.float32)
     p = np.sort(softmax(x))[::-1]
     p = p[:top_k] / p[:top_k].sum() if top_k else p
@@ -152,6 +154,8 @@ def test_a_prompt_that_exceeds_the_context_is_refused_by_both(folder: Path) -> N
 def test_divergence_is_the_kl_of_the_two_softmaxes(seed: int) -> None:
     rng = np.random.default_rng(seed)
     a, b = rng.normal(size=(2, 4, 7)).astype(np.float32) * 3
-    want = [sum(p * np.log(p / q) for p, q in zip(softmax(y), softmax(x), strict=True)) for x, y in zip(a, b, strict=True)]
+    want = [
+        sum(p * np.log(p / q) for p, q in zip(softmax(y), softmax(x), strict=True)) for x, y in zip(a, b, strict=True)
+    ]
     np.testing.assert_allclose(evaluate.divergence(a, b), want, rtol=1e-9, atol=1e-12)
     assert (evaluate.divergence(a, a) == 0).all()

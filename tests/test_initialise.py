@@ -109,7 +109,8 @@ def test_the_most_used_experts_are_chosen_and_their_share_is_reported() -> None:
     "changes",
     [
         {"hidden_size": 20}, {"heads": 2, "kv_heads": 1}, {"heads": 2, "kv_heads": 2}, {"intermediate_size": 7},
-        {"layers": 1}, {"hidden_size": 20, "heads": 2, "kv_heads": 1, "intermediate_size": 17, "layers": 2, "tied": False},
+        {"layers": 1},
+        {"hidden_size": 20, "heads": 2, "kv_heads": 1, "intermediate_size": 17, "layers": 2, "tied": False},
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("source", [DENSE, MOE])
@@ -128,7 +129,9 @@ def test_a_narrower_student_takes_rows_and_columns_of_its_teacher(source: ModelC
             assert all((taken[:, [c]] == block).all(0).any() for c in range(taken.shape[1]))
 
 
-@pytest.mark.parametrize(("count", "total", "want"), [(3, 5, [0, 2, 4]), (1, 4, [0]), (4, 4, [0, 1, 2, 3]), (2, 9, [0, 8])])
+@pytest.mark.parametrize(
+    ("count", "total", "want"), [(3, 5, [0, 2, 4]), (1, 4, [0]), (4, 4, [0, 1, 2, 3]), (2, 9, [0, 8])]
+)
 def test_layers_are_evenly_spaced_first_and_last_among_them(count: int, total: int, want: list[int]) -> None:
     assert evenly_spaced(count, total) == want
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -134,6 +135,6 @@ def test_the_schedule_warms_up_falls_as_a_cosine_and_ends_at_the_floor() -> None
     assert rates[10] == pytest.approx(1.0)
     assert rates[55] == pytest.approx(0.55)
     assert rates[100] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[10:]))
     assert schedule(0, 5, 0, 0.0) == 1.0
     assert schedule(3, 2, 5, 0.0) == pytest.approx(0.8)  # a run that is shorter than its warm-up

@@ -1,4 +1,4 @@
-"""Integers and scales: nearest by brute force, exact in bfloat16 and float16, and the same after a trip over the disk."""
+"""Integers and scales: nearest by brute force, exact in bfloat16 and float16, the same after a trip over the disk."""
 
 from __future__ import annotations
 
@@ -101,21 +101,24 @@ def test_int4_of_group_32_is_ggufs_q4_0_and_int8_its_q8_0() -> None:
 
 
 @given(st.integers(0, 999), st.floats(-4, 4), st.floats(-3, 3), st.integers(1, 40))
-def test_activations_are_rounded_as_torch_rounds_them_per_token(seed: int, log_size: float, shift: float, n: int) -> None:
+def test_activations_are_rounded_as_torch_rounds_them_per_token(
+    seed: int, log_size: float, shift: float, n: int
+) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import torch.ao.quantization.fx._decomposed  # noqa: F401 (registers the reference operators)
+        import torch.ao.quantization.fx._decomposed  # registers the reference operators
     x = weights(seed, n, 9, log_size) + shift * 10**log_size
     ops = torch.ops.quantized_decomposed
     scale, zero = ops.choose_qparams_per_token_asymmetric(x, torch.int8)
     q = ops.quantize_per_token(x, scale, zero, -128, 127, torch.int8)
     want = ops.dequantize_per_token(q, scale, zero, -128, 127, torch.int8, torch.float32)
     got = quantize_activations(x)
-    # the reference computes scales in another precision, so a value that lies on the edge of two steps may take either
+    # the reference adds the zero point before it rounds: only a value half way between two steps may take the other one
     step = scale.float().view(-1, 1)
+    half_way = ((x / step).frac().abs() - 0.5).abs() < 1e-4
     off = (got - want).abs() / step
-    assert (off < 1.01).all()
-    assert (off > 0.01).float().mean() <= 0.02
+    assert (off[~half_way] < 1e-3).all()
+    assert (off < 1.001).all()
 
 
 def test_zero_is_exact_and_a_row_of_zeros_stays_one() -> None:
@@ -203,7 +206,10 @@ def test_an_odd_width_has_no_int4() -> None:
         round_to_nearest(torch.zeros(2, 5), TensorScheme(4, 0, 16), "w")
 
 
-@pytest.mark.parametrize(("call", "name", "near"), [(scheme, "w4a8-g23", "w4a8-g32"), (scheme, "q4_0", "Q4_0"), (embedding_scheme, "w4-g31", "w4-g32")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("call", "name", "near"),
+    [(scheme, "w4a8-g23", "w4a8-g32"), (scheme, "q4_0", "Q4_0"), (embedding_scheme, "w4-g31", "w4-g32")],
+)
 def test_an_unknown_scheme_is_refused_with_the_nearest(call: object, name: str, near: str) -> None:
     with pytest.raises(GoriError, match=f"{name!r} is unknown: did you mean '{near}'"):
         call(name)  # type: ignore[operator]
@@ -226,7 +232,7 @@ def test_a_quantized_folder_with_a_tensor_or_a_field_amiss_is_refused(tmp_path: 
     quantized.save(model, *rtn(model, "w4a8-g32"), tmp_path)
     body = json.loads((tmp_path / quantized.SCHEMA).read_text())
     bad = {
-        "lacks the tensor model.layers.9.x.q": {"tensors": {**body["tensors"], "model.layers.9.x": body["tensors"][EMBEDDING]}},
+        "lacks the tensor model.x.q": {"tensors": {**body["tensors"], "model.x": body["tensors"][EMBEDDING]}},
         "does not have the fields": {"tensors": []},
         r"scale has shape \[40, 4\], expected \[40, 2\]": {
             "tensors": {**body["tensors"], EMBEDDING: {**body["tensors"][EMBEDDING], "group_size": 64}}

@@ -112,7 +112,9 @@ def test_the_chat_template_gives_the_ids_that_gori_encodes(
     assert theirs(prompt, add_special_tokens=False)["input_ids"] == prompt_ids(c, ours)
 
 
-@given(st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=12), st.floats(-1e9, 1e9), st.booleans())
+@given(
+    st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=12), st.floats(-1e9, 1e9), st.booleans()
+)
 def test_the_chat_template_writes_values_as_gori_does(
     ours: Tokenizer, theirs: transformers.PreTrainedTokenizerFast, value: str, number: float, yes: bool
 ) -> None:
@@ -133,7 +135,7 @@ def test_loss_is_on_what_every_assistants_turn_says_and_its_end_mark(ours: Token
     c = Conversation(tuple(CONVERSATIONS["several turns"]))
     e = encode(c, ours)
     said = ours.decode([t for t, on in zip(e.ids, e.loss, strict=True) if on])
-    assert said == "<|none|><|end|> 예<|end|><|call:navigate|><|arg:place|> it's <b> & \"q\"<|end|>"
+    assert said == '<|none|><|end|> 예<|end|><|call:navigate|><|arg:place|> it\'s <b> & "q"<|end|>'
 
 
 @given(st.text(st.characters(codec="utf-8"), max_size=30))

@@ -1,0 +1,81 @@
+"""Independent stages at once, each in a process of its own with its share of the cores; and one run at a time in a directory."""
+
+from __future__ import annotations
+
+import fcntl
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gori import console
+from gori.artifact import os_errors
+from gori.errors import GoriError
+
+Job = tuple[Callable[..., Any], tuple[Any, ...]]
+"""A module's function and its arguments; both travel to another process."""
+
+
+_share: int | None = None
+
+
+def cores() -> int:
+    """Cores that this process may use: its share where it runs beside others."""
+    if _share is not None:
+        return _share
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def together(jobs: Sequence[Job], share: int) -> None:
+    """Run jobs at once, one process of `share` cores each; on a single core one after the other, here.
+
+    The first error is raised when all have ended, so that what the others did is kept. A job's process ends with its
+    parent, even if that is killed.
+    """
+    if cores() < 2:
+        for run, arguments in jobs:
+            run(*arguments)
+        return
+    context = multiprocessing.get_context("spawn")
+    errors: list[BaseException] = []
+    start = (os.getpid(), share)
+    with ProcessPoolExecutor(len(jobs), mp_context=context, initializer=_begin, initargs=start) as pool:
+        for done in as_completed([pool.submit(run, *arguments) for run, arguments in jobs]):
+            if error := done.exception():
+                errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def _begin(parent: int, share: int) -> None:
+    """Before a job's imports: its cores, plain log lines, and an end when the parent ends."""
+    global _share
+    _share = share
+    os.environ["OMP_NUM_THREADS"] = str(share)
+    console.plain()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def only_run(out: Path) -> Iterator[None]:
+    """Hold a directory's lock; a second run there is refused, not mixed in."""
+    with os_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        handle = open(out / ".lock", "w")  # noqa: SIM115 (held until the run ends)
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise GoriError(f"another gori run works in {out}: wait for it or choose another --out") from e
+        yield
