@@ -97,7 +97,7 @@ def _train(
         teacher = load_teacher(teacher_dir, tokenizer) if "teacher" in inputs else None
         if init == "teacher" and teacher:  # queries and keys are turned as the teacher turns its own
             cfg = replace(cfg, rope_theta=teacher.cfg.rope_theta, rope_scaling=teacher.cfg.rope_scaling)
-        model = Decoder(cfg).initialise(torch.Generator().manual_seed(seed + 1))
+        model = fresh(cfg, student.induction, seed + 1)
         if init == "teacher":
             assert teacher is not None
             report = {"from": "teacher", **from_teacher(model, teacher, calibration(corpus, tokenizer), distill.layers)}

@@ -20,8 +20,8 @@ from gori.artifact import read_json
 from gori.errors import GoriError, nearest
 
 USER, ASSISTANT, SYSTEM, TOOL = "<|user|>", "<|assistant|>", "<|system|>", "<|tool|>"
-PAD, END, NONE, ECHO = "<|pad|>", "<|end|>", "<|none|>", "<|echo|>"
-MARKERS = (PAD, END, USER, ASSISTANT, SYSTEM, TOOL, NONE, ECHO)
+PAD, END, NONE = "<|pad|>", "<|end|>", "<|none|>"
+MARKERS = (PAD, END, USER, ASSISTANT, SYSTEM, TOOL, NONE)
 _PIECE = re.compile(r"<\|(call|arg):(.*?)\|>", re.DOTALL)
 _SCALARS: dict[str, tuple[type, ...]] = {
     "string": (str,),

@@ -53,8 +53,7 @@ class Train(Section):
     evaluate_every: int = Field(0, ge=0)
     swap_values: float = Field(0.0, ge=0, le=1)
     """Share of rows whose string values are swapped, in utterance and call, for other values of the same argument."""
-    echo: float = Field(0.0, ge=0, le=1)
-    echo_until: float = Field(0.3, gt=0, le=1)
+    checkpoint_every_s: float = Field(20.0, ge=0)
     compile: bool = False
     threads: int | None = Field(None, ge=1)
     """CPU threads; null: one for each core."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gori import checkpoint, evaluate
 from gori.artifact import Manifest, content_hash, make
-from gori.calls import ECHO, END, PAD
+from gori.calls import END, PAD
 from gori.corpus import Corpus, epochs, hashes
 from gori.errors import GoriError
 from gori.induction import start_with_induction
@@ -94,7 +94,6 @@ def run_loop(
         settings,
         seed=seed,
         pad=tokenizer.id(PAD),
-        echo_marker=tokenizer.id(ECHO),
         label=out.name,
         evaluate=on_dev,
         state=state,

@@ -20,13 +20,9 @@ from torch import Tensor
 from gori import console
 from gori.artifact import os_errors
 from gori.data import Example, batches, collate
-from gori.echo import mix, share_at
 from gori.errors import GoriError
 from gori.model import Decoder
 from gori.teacher.optim import optimizers, schedule
-
-CHECKPOINT_EVERY_S = 20.0
-
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -46,10 +42,8 @@ class TrainSettings:
     muon_steps: int = 5
     evaluate_every: int = 0
     """Steps between evaluations on dev; 0: only at the end."""
-    echo: float = 0.0
-    """Share of copy-practice rows (gori.echo) at the first step."""
-    echo_until: float = 0.3
-    """Share of the steps after which there are none."""
+    checkpoint_every_s: float = 20.0
+    """Seconds between checkpoints of an unfinished run."""
     compile: bool = False
     """torch.compile the blocks (pays on a GPU and on long CPU runs; needs a C++ compiler)."""
 
@@ -99,7 +93,6 @@ def fit(
     *,
     seed: int,
     pad: int,
-    echo_marker: int,
     label: str,
     evaluate: Callable[[Decoder], dict[str, float]],
     state: Path,
@@ -117,8 +110,7 @@ def fit(
     model.train()
     with console.steps(label, settings.steps) as bar:
         while done.step < settings.steps:
-            share = share_at(done.step, settings.steps, settings.echo, settings.echo_until)
-            batch = to_tensors(mix(next(stream), share, echo_marker, seed, done.step), pad, device)
+            batch = to_tensors(next(stream), pad, device)
             entry = _step(model, batch, loss, opts, settings, done.step)
             done.step += 1
             done.tokens += int(batch.valid_BT.sum())
@@ -129,7 +121,7 @@ def fit(
             done.log.append({"step": done.step, **entry})
             done.seconds = time.monotonic() - began
             bar.update(done.step, _note(done))
-            if not last and time.monotonic() - saved > CHECKPOINT_EVERY_S:
+            if not last and time.monotonic() - saved > settings.checkpoint_every_s:
                 _save(state, fingerprint, model, opts, done)
                 saved = time.monotonic()
     model.eval()

@@ -1,8 +1,7 @@
-"""Rows for training: swapped values stay consistent, echo rows can be answered by copying, a mix repeats itself."""
+"""Rows for training: swapped values stay consistent in utterance and call."""
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +12,7 @@ from hypothesis import strategies as st
 from gori import corpus
 from gori.calls import Call
 from gori.corpus import Corpus, epochs, find_value, swap, values_by_argument
-from gori.data import Conversation, Example, Turn, encode
-from gori.echo import echo, mix, share_at
+from gori.data import Conversation, Turn, encode
 from gori.errors import GoriError
 from gori.tokenizer import Tokenizer
 
@@ -122,43 +120,3 @@ def test_a_row_longer_than_the_model_is_refused_not_cut(toy_corpus: Corpus, toy_
 def test_two_test_files_of_one_name_are_refused(toy: Path) -> None:
     with pytest.raises(GoriError, match="two test files are named 'test'"):
         corpus.read(toy / "train.jsonl", toy / "dev.jsonl", [toy / "test.jsonl"] * 2, toy / "tools.json")
-
-
-examples = st.lists(st.integers(10, 15), max_size=12).flatmap(
-    lambda said: st.just(Example([1, *said, 2, 20, 21, 3], [False] * (len(said) + 2) + [True] * 3))
-)
-
-
-@given(examples, st.integers(0, 2**32 - 1))
-def test_what_an_echo_row_predicts_stood_earlier_after_the_same_token(e: Example, seed: int) -> None:
-    row = echo(e, 99, np.random.default_rng(seed))
-    said = e.ids[1:-4]
-    if len(said) < 2:
-        assert row == e
-        return
-    assert row.ids[: len(said) + 1] == [1, *said]
-    predicted = [i for i, on in enumerate(row.loss) if on]
-    assert predicted
-    pairs = list(pairwise(said))
-    for i in predicted:
-        assert (row.ids[i - 1], row.ids[i]) in pairs
-    pieces = row.ids[len(said) + 1 :]
-    assert pieces.count(99) == 2
-    # the first token of a piece cannot be known
-    assert not any(row.loss[i] or row.loss[i + 1] for i, t in enumerate(row.ids) if t == 99)
-
-
-@given(st.lists(examples, min_size=1, max_size=20), st.floats(0, 1), st.integers(0, 9), st.integers(0, 9))
-def test_a_mix_is_the_same_each_time_and_takes_its_share(
-    rows: list[Example], share: float, seed: int, step: int
-) -> None:
-    mixed = mix(rows, share, 99, seed, step)
-    assert mixed == mix(rows, share, 99, seed, step)
-    assert mix(rows, 0.0, 99, seed, step) == rows
-    assert all(99 in e.ids for e, old in zip(mix(rows, 1.0, 99, seed, step), rows, strict=True) if len(old.ids) > 6)
-    assert all(new == old or 99 in new.ids for new, old in zip(mixed, rows, strict=True))
-
-
-def test_the_share_of_echo_rows_falls_linearly_to_none() -> None:
-    shares = [share_at(s, 100, 0.4, 0.5) for s in (0, 25, 50, 99)]
-    assert shares == [0.4, pytest.approx(0.2), 0.0, 0.0]

@@ -15,7 +15,6 @@ from gori.corpus import Corpus, epochs
 from gori.distill.stage import divergence_loss
 from gori.errors import GoriError
 from gori.model import Decoder, ModelConfig
-from gori.teacher import train
 from gori.teacher.stage import answer_loss
 from gori.teacher.train import Loss, Progress, TrainBatch, TrainSettings, fit, to_tensors
 from gori.tokenizer import Tokenizer
@@ -25,7 +24,7 @@ DENSE = ModelConfig(
 )  # fmt: skip
 MOE = dataclasses.replace(DENSE, kind="qwen3_moe", intermediate_size=24, experts=4, experts_per_token=2)
 SETTINGS = TrainSettings(
-    steps=12, batch_tokens=200, muon_lr=0.02, adam_lr=0.02, warmup_steps=3, evaluate_every=5, echo=0.5, echo_until=0.9
+    steps=12, batch_tokens=200, muon_lr=0.02, adam_lr=0.02, warmup_steps=3, evaluate_every=5, checkpoint_every_s=0.0
 )
 
 
@@ -44,7 +43,7 @@ def run(toy_corpus: Corpus, toy_tokenizer: Path, tmp_path: Path) -> Callable[...
     def go(model: Decoder, loss: Loss, name: str = "run", **changes: Any) -> tuple[Decoder, Progress]:
         settings = dataclasses.replace(SETTINGS, **changes)
         done = fit(
-            model, rows, loss, settings, seed=1, pad=0, echo_marker=7, label=name, state=tmp_path / f"{name}.pt",
+            model, rows, loss, settings, seed=1, pad=0, label=name, state=tmp_path / f"{name}.pt",
             evaluate=lambda m: {"dev_exact": 0.0}, fingerprint=name,
         )  # fmt: skip
         return model, done
@@ -81,12 +80,10 @@ CASES: dict[str, tuple[ModelConfig, Callable[[], Loss]]] = {
 def test_a_run_that_was_cut_twice_ends_at_the_same_weights_and_log(
     case: str,
     run: Callable[..., tuple[Decoder, Progress]],
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     cfg, loss = CASES[case]
     whole, done = run(new(cfg), loss(), "whole")
-    monkeypatch.setattr(train, "CHECKPOINT_EVERY_S", 0.0)
     for call in (5, 4):  # calls are counted anew: 4 steps are done, then 3 more
         with pytest.raises(CutError):
             run(new(cfg), cut_at(loss(), call), "cut")
@@ -102,11 +99,9 @@ def test_a_run_that_was_cut_twice_ends_at_the_same_weights_and_log(
 
 def test_a_checkpoint_of_other_settings_is_left_alone(
     run: Callable[..., tuple[Decoder, Progress]],
-    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(train, "CHECKPOINT_EVERY_S", 0.0)
     with pytest.raises(CutError):
         run(new(DENSE), cut_at(answer_loss(0.0), 5), "old")
     (tmp_path / "old.pt").rename(tmp_path / "new.pt")
@@ -122,7 +117,7 @@ def test_the_loss_falls_and_the_answers_become_right(
     from gori import evaluate
     from gori.calls import END
 
-    model, done = run(new(DENSE), answer_loss(0.0), "long", steps=120, batch_tokens=800, echo=0.0)
+    model, done = run(new(DENSE), answer_loss(0.0), "long", steps=120, batch_tokens=800)
     losses = [e["loss"] for e in done.log]
     assert losses[0] == pytest.approx(torch.tensor(360.0).log().item(), rel=0.05)  # uniform at first
     assert sum(losses[-5:]) / 5 < 0.3

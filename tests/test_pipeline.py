@@ -1,0 +1,160 @@
+"""A whole recipe through the command line, tiny but real: skipped when unchanged, continued when killed, to the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gori import incar, recipe
+from gori.artifact import hash_files, read_manifest
+from gori.pipeline import run_recipe
+from gori.report import claim
+
+SHAPE = {"layers": 2, "hidden_size": 32, "heads": 2, "kv_heads": 2, "head_dim": 16, "intermediate_size": 32}
+TRAIN = {"steps": 12, "batch_tokens": 256, "checkpoint_every_s": 0, "evaluate_every": 6}
+STAGES = ("data", "tokenizer", "teacher", "distill", "control", "quantize", "quantize-w8a8-channel", "export/executorch")
+
+
+def write_recipe(directory: Path, **changes: Any) -> Path:
+    """A recipe on 200 rows of the in-car task, as one's own files."""
+    incar.write(directory, seed=3, train=200, dev=20, test=20)
+    body = {
+        "name": "tiny",
+        "seed": 3,
+        "data": {"train": "train.jsonl", "dev": "dev.jsonl", "test": ["template.jsonl", "none.jsonl"], "tools": "tools.json"},
+        "tokenizer": {"vocab_size": 700},
+        "teacher": {**SHAPE, "experts": 4, "train": TRAIN},
+        "student": SHAPE,
+        "distill": {"train": TRAIN, "control": "random", "losses": {"forward_kl": 0.5, "ce": 0.5}},
+        "quantize": {"scheme": "w4a8-g32", "compare": ["w8a8-channel"]},
+        **changes,
+    }
+    (directory / "recipe.yaml").write_text(yaml.safe_dump(body))
+    return directory / "recipe.yaml"
+
+
+def gori(*arguments: str | Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "gori", *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, err[-3000:]
+    return out, err
+
+
+def made_files(out: Path) -> dict[str, Any]:
+    """Hashes of everything a run made but manifests (times), the summary (seconds) and the report (both)."""
+    return {k: v for k, v in hash_files(out).items() if k not in ("summary.json", "report.html", ".lock")}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """recipe.yaml beside `out`, the directory of a run that was never cut."""
+    directory = tmp_path_factory.mktemp("pipeline")
+    path = write_recipe(directory)
+    stdout, _ = finish(gori("run", path, "--out", directory / "out", "--json"))
+    assert json.loads(stdout) == json.loads((directory / "out/summary.json").read_text())
+    return directory
+
+
+def test_the_summary_has_every_model_on_every_split(tiny: Path) -> None:
+    summary = json.loads((tiny / "out/summary.json").read_text())
+    models = ["teacher", "student", "control", "w8a8-channel", "w4a8-g32", "executorch"]
+    assert list(summary["accuracy"]) == models
+    for by_split in summary["accuracy"].values():
+        assert list(by_split) == ["template", "none"]
+        for entry in by_split.values():
+            assert entry["n"] == 20
+            assert entry["exact"] == pytest.approx((entry["ko"] + entry["en"]) / 2)
+    assert summary["bytes"]["executorch"] == (tiny / "out/export/executorch/model.pte").stat().st_size
+    assert summary["parameters"]["student"] < summary["parameters"]["teacher"]
+
+
+def test_every_stage_left_a_manifest_of_its_files(tiny: Path) -> None:
+    for stage in STAGES:
+        body = read_manifest(tiny / "out" / stage)
+        assert body["files"] == hash_files(tiny / "out" / stage)
+        assert body["finished"] >= body["started"]
+    assert not list((tiny / "out").glob(".*.pt"))
+
+
+def test_a_second_run_does_nothing_again(tiny: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (tiny / "out").rglob("manifest.json")}
+    run_recipe(recipe.load(tiny / "recipe.yaml"), tiny / "out")
+    assert {p: p.stat().st_mtime_ns for p in (tiny / "out").rglob("manifest.json")} == before
+
+
+def test_the_report_is_one_page_without_network_or_script(tiny: Path) -> None:
+    page = (tiny / "out/report.html").read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert not re.search(r"(src|href)=|url\(|@import|https?://(?!www\.w3\.org)", page)
+    for model in ("teacher", "student", "control", "w8a8-channel", "w4a8-g32", "executorch"):
+        assert f"<td>{model}" in page
+    assert page.count('class="example') == 10
+    assert page.count("<polyline") == 6  # loss and dev score of three runs
+
+
+def test_a_claim_needs_a_difference_larger_than_chance() -> None:
+    def summary(student: float, control: float) -> dict[str, Any]:
+        return {"accuracy": {"student": {"t": {"exact": student, "n": 400}}, "control": {"t": {"exact": control, "n": 400}}}}
+
+    assert "more often right than" in claim(summary(0.9, 0.7))
+    assert "not shown to be better" in claim(summary(0.9, 0.89))
+    assert "less often right than" in claim(summary(0.7, 0.9))
+
+
+def test_a_gate_that_is_not_met_exits_3_after_everything_is_written(tiny: Path) -> None:
+    args = ("run", tiny / "recipe.yaml", "--out", tiny / "out", "--set", "budget.bytes=10")
+    _, err = finish(gori(*args), code=3)
+    assert "1 of 1 gates not met: bytes.executorch" in err
+    assert json.loads((tiny / "out/summary.json").read_text())["gates"][0]["met"] is False
+    assert (tiny / "out/report.html").exists()
+
+
+def test_a_second_run_in_the_same_directory_is_refused_while_one_works(tiny: Path) -> None:
+    import fcntl
+
+    with open(tiny / "out/.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _, err = finish(gori("run", tiny / "recipe.yaml", "--out", tiny / "out"), code=1)
+    assert "another gori run works in" in err
+
+
+def cut_and_continue(tiny: Path, tmp_path: Path, stage: str) -> None:
+    """Kill a run with all its processes as soon as `stage` has begun to write, continue it, compare every byte."""
+    out = tmp_path / "out"
+    marks = (f".{stage}.training.pt", f"{stage}/../.{Path(stage).name}.writing")
+    process = gori("run", tiny / "recipe.yaml", "--out", out)
+    while process.poll() is None and not any((out / m).exists() for m in marks):
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)  # its children end by themselves
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, f"{stage} was over before the kill"
+    time.sleep(1.5)
+    assert not (out / stage / "manifest.json").exists()
+    finish(gori("run", tiny / "recipe.yaml", "--out", out))
+    assert made_files(out) == made_files(tiny / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["data", "tokenizer", "distill", "control", "quantize", "export/executorch", "evaluate/student"])
+def test_a_run_killed_in_any_stage_ends_with_the_same_bytes(tiny: Path, tmp_path: Path, stage: str) -> None:
+    cut_and_continue(tiny, tmp_path, stage)
+
+
+def test_a_run_killed_while_its_teacher_trains_ends_with_the_same_bytes(tiny: Path, tmp_path: Path) -> None:
+    cut_and_continue(tiny, tmp_path, "teacher")
