@@ -52,7 +52,7 @@ def export_command(
     export: Callable[..., Manifest] = getattr(importlib.import_module(module), function)
     golden = read_prompts(prompts) if prompts else []
     manifest = export(checkpoint, out, context=context, chunk=chunk, prompts=golden, seed=seed)
-    result({"out": str(out), **manifest.metrics}, as_json, summary(out, manifest.metrics))
+    result({"out": str(out), **manifest["metrics"]}, as_json, summary(out, manifest["metrics"]))
 
 
 def summary(out: Path, metrics: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from gori import checkpoint, quantized
-from gori.artifact import Manifest, check_replaceable, content_hash, gate, writing
+from gori.artifact import Manifest, content_hash, gate, make, read_manifest
 from gori.console import log, peak_rss_mib
 from gori.errors import GoriError
 from gori.export import parity
@@ -67,22 +67,22 @@ def export_executorch(
     chunk: int | None = None,
     prompts: Sequence[Sequence[int]] = (),
     seed: int = 0,
-) -> Manifest:
-    """Write `out` with model.pte and a manifest; returns the manifest.
+) -> dict[str, Any]:
+    """Write `out` with model.pte and a manifest, unless they are there already; returns the manifest's content.
 
     `context` is the tokens that the KV cache holds (default: the model's, 512 at most), `chunk` the tokens that one
     call takes (default 128, at most context - 1). `prompts` are golden token ids that are run besides random ones.
     Raises GoriError, and leaves nothing, for a scheme that XNNPACK does not hold, a linear that it did not take, an
     integer that is not in the file, and logits beyond the noise floor.
     """
-    check_replaceable(out)
-    with upstream_warnings():
-        weights = read_weights(source)
-    context, chunk = resolve_lengths(weights.cfg, context, chunk)
-    check_schemes(weights)
+    cfg = checkpoint.read_config(source)
+    context, chunk = resolve_lengths(cfg, context, chunk)
     settings = {"target": "executorch", "context": context, "chunk": chunk, "prompts": [list(p) for p in prompts]}
     manifest = Manifest("export", "executorch", seed, settings, {"checkpoint": content_hash(source)})
-    with writing(out) as tmp, upstream_warnings():
+
+    def build(tmp: Path) -> None:
+        weights = read_weights(source)
+        check_schemes(weights)
         manifest.metrics |= write_pte(weights, tmp / PTE, context, chunk, metadata(source, weights.cfg, context, chunk))
         for name in COPIED:
             if (source / name).exists():
@@ -92,8 +92,10 @@ def export_executorch(
         manifest.metrics["parity"] = found.as_dict()
         manifest.gates += gates(manifest.metrics, found)
         manifest.notes = notes(weights)
-        manifest.write(tmp)
-    return manifest
+
+    with upstream_warnings():
+        make(out, manifest, build)
+    return read_manifest(out)
 
 
 @contextmanager

@@ -19,7 +19,11 @@ from gori.artifact import content_hash
 from gori.calls import Call, Function, read_tools
 from gori.data import Conversation, Example, Turn, encode, read_conversations
 from gori.errors import GoriError
+from gori.invent import Inventor
 from gori.tokenizer import Tokenizer
+
+OPEN_VALUES = 100
+"""Different values that make an argument open: any words may fill it."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,17 @@ def training_texts(rows: Sequence[Conversation]) -> list[str]:
 
 
 def epochs(
-    rows: Sequence[Conversation], tokenizer: Tokenizer, max_tokens: int, seed: int, swap_values: float
+    rows: Sequence[Conversation],
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    seed: int,
+    swap_values: float,
+    invent_values: float = 0.0,
 ) -> Callable[[int], Sequence[Example]]:
-    """Epoch number → its examples. A row longer than `max_tokens` is refused, not cut."""
+    """Epoch number → its examples. A row longer than `max_tokens` is refused, not cut.
+
+    `swap_values` of the rows get other values; of those, `invent_values` get invented ones where the argument is open.
+    """
     plain = [encode(c, tokenizer) for c in rows]
     for c, e in zip(rows, plain, strict=True):
         if len(e.ids) > max_tokens:
@@ -74,6 +86,7 @@ def epochs(
     if not swap_values:
         return lambda _: plain
     pool = values_by_argument(rows)
+    inventor = Inventor(tokenizer, [c.utterance for c in rows]) if invent_values else None
 
     def examples(epoch: int) -> Sequence[Example]:
         rng = np.random.default_rng([seed, 7919, epoch])
@@ -81,7 +94,8 @@ def epochs(
         out = []
         for c, e, draw in zip(rows, plain, draws, strict=True):
             if draw < swap_values:
-                swapped = encode(swap(c, pool, rng), tokenizer)
+                invented = inventor if rng.random() < invent_values else None
+                swapped = encode(swap(c, pool, rng, invented), tokenizer)
                 e = swapped if len(swapped.ids) <= max_tokens else e
             out.append(e)
         return out
@@ -117,8 +131,11 @@ def _spans(utterance: str, calls: Sequence[Call]) -> list[tuple[int, str, tuple[
     return found
 
 
-def swap(c: Conversation, pool: Mapping[str, Sequence[str]], rng: np.random.Generator) -> Conversation:
-    """The same request with other values for the string arguments that stand verbatim in it.
+def swap(
+    c: Conversation, pool: Mapping[str, Sequence[str]], rng: np.random.Generator, inventor: Inventor | None = None
+) -> Conversation:
+    """The same request with other values for the string arguments that stand verbatim in it: drawn from the pool, or
+    invented for arguments that are open (at least OPEN_VALUES different values were said).
 
     A value whose words another argument shares stays: one text cannot follow two arguments.
     """
@@ -128,6 +145,8 @@ def swap(c: Conversation, pool: Mapping[str, Sequence[str]], rng: np.random.Gene
         alone = sum(a < end and start < b for _, _, (a, b) in spans) == 1
         if alone and isinstance(calls[i].arguments[name], str) and len(pool.get(name, ())) > 1:
             value = pool[name][int(rng.integers(len(pool[name])))]
+            if inventor and len(pool[name]) >= OPEN_VALUES:
+                value = inventor.like(value, rng)
             calls[i] = replace(calls[i], arguments={**calls[i].arguments, name: value})
             utterance = utterance[:start] + value + utterance[end:]
     turns = [replace(t, content=utterance) if t.content == c.utterance else t for t in c.turns[:-1]]

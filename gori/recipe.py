@@ -53,6 +53,8 @@ class Train(Section):
     evaluate_every: int = Field(0, ge=0)
     swap_values: float = Field(0.0, ge=0, le=1)
     """Share of rows whose string values are swapped, in utterance and call, for other values of the same argument."""
+    invent_values: float = Field(0.0, ge=0, le=1)
+    """Share of the swapped rows whose open arguments get invented words, so that every token is copied sometimes."""
     checkpoint_every_s: float = Field(20.0, ge=0)
     compile: bool = False
     threads: int | None = Field(None, ge=1)

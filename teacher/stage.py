@@ -89,7 +89,7 @@ def run_loop(
     state.parent.mkdir(parents=True, exist_ok=True)
     return fit(
         model,
-        epochs(corpus.train, tokenizer, model.cfg.max_position, seed, train.swap_values),
+        epochs(corpus.train, tokenizer, model.cfg.max_position, seed, train.swap_values, train.invent_values),
         loss,
         settings,
         seed=seed,

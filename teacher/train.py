@@ -24,6 +24,7 @@ from gori.errors import GoriError
 from gori.model import Decoder
 from gori.teacher.optim import optimizers, schedule
 
+
 @dataclass(frozen=True)
 class TrainSettings:
     """How long and how fast to train."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gori import corpus
@@ -26,13 +26,15 @@ def conversation(said: str, *calls: dict[str, object]) -> Conversation:
 
 @st.composite
 def requests(draw: st.DrawFn) -> Conversation:
-    """A sentence of values and filler words, and calls whose arguments may or may not stand in it, or overlap."""
-    pieces = draw(st.lists(st.sampled_from([*VALUES, "가자", "please", "7"]), min_size=1, max_size=6))
-    ends = draw(st.lists(st.sampled_from(["", "로", "을", ","]), min_size=len(pieces), max_size=len(pieces)))
-    said = " ".join(p + e for p, e in zip(pieces, ends, strict=True))
+    """Calls, and a sentence of some of their values and filler words; values may overlap or stand twice."""
     value = st.sampled_from(VALUES) | st.just(7) | st.lists(st.sampled_from(VALUES), min_size=2, max_size=2)
-    calls = draw(st.lists(st.dictionaries(st.sampled_from("abc"), value, max_size=3), min_size=1, max_size=2))
-    return conversation(said, *calls)
+    calls = draw(
+        st.lists(st.dictionaries(st.sampled_from("abc"), value, min_size=1, max_size=3), min_size=1, max_size=2)
+    )
+    said = [str(v) for c in calls for x in c.values() for v in (x if isinstance(x, list) else [x])]
+    pieces = draw(st.lists(st.sampled_from([*said, "가자", "please"]), min_size=1, max_size=5, unique=True))
+    ends = draw(st.lists(st.sampled_from(["", "로", "을", ","]), min_size=len(pieces), max_size=len(pieces)))
+    return conversation(" ".join(p + e for p, e in zip(pieces, ends, strict=True)), *calls)
 
 
 def standing(c: Conversation) -> list[tuple[int, str]]:
@@ -45,6 +47,7 @@ def standing(c: Conversation) -> list[tuple[int, str]]:
     ]
 
 
+@settings(max_examples=400)
 @given(requests(), st.integers(0, 2**32 - 1))
 def test_every_value_that_stood_in_the_utterance_stands_in_it_after_a_swap(c: Conversation, seed: int) -> None:
     swapped = swap(c, POOL, np.random.default_rng(seed))
@@ -56,6 +59,7 @@ def test_every_value_that_stood_in_the_utterance_stands_in_it_after_a_swap(c: Co
                 assert after.arguments[name] == value
 
 
+@settings(max_examples=400)
 @given(requests(), st.integers(0, 2**32 - 1))
 def test_a_swap_changes_only_the_words_of_the_values_it_changed(c: Conversation, seed: int) -> None:
     swapped = swap(c, POOL, np.random.default_rng(seed))
