@@ -30,7 +30,7 @@ def plain() -> None:
 
 @contextmanager
 def without_lines(*parts: str) -> Iterator[None]:
-    """Hold back what native code writes to stderr meanwhile, and pass on all lines but those that hold one of `parts`."""
+    """Hold back what native code writes to stderr meanwhile; pass on all lines but those that hold one of `parts`."""
     sys.stderr.flush()
     saved = os.dup(2)
     with tempfile.TemporaryFile() as held:

@@ -1,15 +1,15 @@
 """First weights that can already copy: a previous-token head in layer 0 and induction heads in layer 1.
 
-A slot value must be copied out of the utterance, and a small decoder with random weights finds the circuit for that late
-(induction heads: arXiv 2209.11895). The circuit is known, so it is written down as a start, as mimetic initialisation does
-with other structure (arXiv 2305.09828). Only values of ordinary weights change: the format and the network stay what they
-are, and training is free to undo it. docs/training.md has what it gains.
+A slot value must be copied out of the utterance, and a small decoder with random weights finds the circuit for that
+late (induction heads: arXiv 2209.11895). The circuit is known, so it is written down as a start, as mimetic
+initialisation does with other structure (arXiv 2305.09828). Only values of ordinary weights change: the format and the
+network stay what they are, and training is free to undo it. docs/training.md has what it gains.
 
-How it works. Every embedding gets a common part c (to a tied head it adds one number to all logits, which a softmax does not
-see). Head 0 of layer 0 turns c into a key, and into a query that RoPE rotates onto the key one position back: it attends to
-the previous token and writes that token's content, rotated by R, beside the current one's. Layer 1 asks with its content
-A e_t for keys A R^T x_s: they match where s follows an earlier t. What stands there is written with A'^T A', which is its own
-embedding again: the head predicts what followed last time.
+How it works. Every embedding gets a common part c (to a tied head it adds one number to all logits, which a softmax
+does not see). Half of layer 0's heads turn c into a key, and into a query that RoPE rotates onto the key one position
+back: they attend to the previous token and write its content V e into a space U of their own. Layer 1 asks with V e_t for
+keys U x_s: they match where s follows an earlier t. What stands there, U apart, is written as it is: the head predicts
+what followed last time.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor
 from gori.errors import GoriError
 from gori.model import Attention, Decoder
 
-PREVIOUS_WRITES, INDUCTION_WRITES = 0.1, 0.4
-"""How strongly the two kinds of heads write. 0.04 / 0.1 … 0.16 / 0.6 were tried; all learn, these quickly."""
+PREVIOUS_WRITES, INDUCTION_WRITES = 0.05, 0.4
+"""How strongly the two kinds of heads write, against an input of root mean square 1."""
 GAIN = 1.5
 """qk-norm gains of the two layers; 1 leaves attention too soft to pick one token of thirty."""
 PAIRS = 3
@@ -36,29 +36,31 @@ def start_with_induction(model: Decoder, generator: torch.Generator) -> Decoder:
     cfg = model.cfg
     if cfg.layers < 2:
         raise GoriError(f"induction needs 2 layers and the model has {cfg.layers}: add one or set induction: false")
-    D, K = cfg.hidden_size, cfg.kv_heads * cfg.head_dim
+    D, d = cfg.hidden_size, cfg.head_dim
+    groups = max(1, min(cfg.kv_heads // 2, (D - 1) // (2 * d)))
     common = torch.randn(D, generator=generator)
     common /= common.norm()
     other = torch.eye(D) - torch.outer(common, common)  # projects the common part out
     table = model.embed_tokens.weight
     assert isinstance(table, Tensor)
     table.copy_(table @ other + common * cfg.init_std * math.sqrt(D))
-    turn = other @ _orthogonal(D, D, generator) @ other
-    _previous_token(model.layers[0].self_attn, model.rope_freq, common, other, turn, generator)  # type: ignore[arg-type]
-    _induction(model.layers[1].self_attn, _orthogonal(K, D, generator) @ other, turn, other, generator)  # type: ignore[arg-type]
+    content = _orthogonal(D, generator)[: groups * d] @ other
+    basis = torch.linalg.qr(torch.cat((common.unsqueeze(1), other @ _orthogonal(D, generator)), dim=1))[0].T[1:D]
+    space, rest = basis[: groups * d], basis[groups * d :]
+    first, second = model.layers[0].self_attn, model.layers[1].self_attn
+    assert isinstance(first, Attention)
+    assert isinstance(second, Attention)
+    _previous_token(first, model.rope_freq, common, content, space)
+    _induction(second, content, space, rest)
     return model
 
 
-def _orthogonal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    """A matrix `[rows, columns]` cut from an orthogonal one."""
-    size = max(rows, columns)
-    return torch.linalg.qr(torch.randn(size, size, generator=generator))[0][:rows, :columns]
+def _orthogonal(size: int, generator: torch.Generator) -> Tensor:
+    return torch.linalg.qr(torch.randn(size, size, generator=generator))[0]
 
 
-def _previous_token(
-    a: Attention, rope_freq: Tensor, common: Tensor, other: Tensor, turn: Tensor, generator: torch.Generator
-) -> None:
-    """The first key/value group attends one position back and writes what stands there, turned."""
+def _previous_token(a: Attention, rope_freq: Tensor, common: Tensor, content: Tensor, space: Tensor) -> None:
+    """The first key/value groups attend one position back and write the content there into their space."""
     d, per = a.cfg.head_dim, a.cfg.heads // a.cfg.kv_heads
     pairs = torch.arange(min(PAIRS, d // 2))
     key, query = torch.zeros(d), torch.zeros(d)
@@ -66,31 +68,32 @@ def _previous_token(
     query[pairs], query[pairs + d // 2] = rope_freq[pairs].cos(), -rope_freq[pairs].sin()
     if not a.cfg.qk_norm:
         # the common part of a normed input has length sqrt(D/2): bring the score to what qk-norm would give
-        peak = GAIN * math.sqrt(d) / (len(pairs) * a.cfg.hidden_size / 2 / math.sqrt(d)) * GAIN
+        peak = GAIN**2 * d / (len(pairs) * a.cfg.hidden_size / 2)
         key, query = key * math.sqrt(peak), query * math.sqrt(peak)
-    value = _orthogonal(d, a.cfg.hidden_size, generator) @ other
-    a.k_proj.weight[:d] += torch.outer(key, common)
-    a.v_proj.weight[:d] = value
-    for h in range(per):
-        rows = slice(h * d, (h + 1) * d)
-        a.q_proj.weight[rows] += torch.outer(query, common)
-        a.o_proj.weight[:, rows] = PREVIOUS_WRITES / per * (turn @ value.T)
+    for g in range(len(content) // d):
+        rows = slice(g * d, (g + 1) * d)
+        a.k_proj.weight[rows] += torch.outer(key, common)
+        a.v_proj.weight[rows] = content[rows]
+        for h in range(g * per, (g + 1) * per):
+            a.q_proj.weight[h * d : (h + 1) * d] += torch.outer(query, common)
+            a.o_proj.weight[:, h * d : (h + 1) * d] = PREVIOUS_WRITES / per * space[rows].T
     _gain(a)
 
 
-def _induction(a: Attention, read: Tensor, turn: Tensor, other: Tensor, generator: torch.Generator) -> None:
+def _induction(a: Attention, content: Tensor, space: Tensor, rest: Tensor) -> None:
     """Every head matches its content with what stood before, and writes what it finds as itself."""
     d, per, D = a.cfg.head_dim, a.cfg.heads // a.cfg.kv_heads, a.cfg.hidden_size
-    scale = 0.1 if a.cfg.qk_norm else GAIN * math.sqrt(d) / math.sqrt(D / 2 * min(1.0, len(read) / D))
-
-    def per_head(rows: Tensor) -> Tensor:
-        return rows.view(a.cfg.kv_heads, 1, d, D).expand(-1, per, -1, -1).reshape(-1, D)
-
-    value = _orthogonal(len(read), D, generator) @ other
-    a.q_proj.weight.copy_(per_head(read) * scale)
-    a.k_proj.weight.copy_(read @ turn.T * scale)
-    a.v_proj.weight.copy_(value)
-    a.o_proj.weight.copy_(per_head(value).T * (INDUCTION_WRITES / per))
+    groups = len(content) // d
+    # without qk-norm: a query of |V e| = sqrt(d/2) and a key of at most sqrt(d) make the score GAIN**2 * sqrt(d)
+    scale = 0.1 if a.cfg.qk_norm else GAIN * 2**0.25
+    for g in range(a.cfg.kv_heads):
+        rows, of = slice(g * d, (g + 1) * d), slice(g % groups * d, (g % groups + 1) * d)
+        value = rest.roll(-g * d, 0)[:d]
+        a.k_proj.weight[rows] = space[of] * scale
+        a.v_proj.weight[rows] = value
+        for h in range(g * per, (g + 1) * per):
+            a.q_proj.weight[h * d : (h + 1) * d] = content[of] * scale
+            a.o_proj.weight[:, h * d : (h + 1) * d] = INDUCTION_WRITES / per * value.T
     _gain(a)
 
 

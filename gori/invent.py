@@ -1,8 +1,8 @@
 """Words that nobody said: random values in the manner of a given one, so that every token is copied now and then.
 
-A token that training never shows as an answer is pushed down by all others, and a name that holds it cannot be copied. Latin
-words are put together from the vocabulary's pieces, Korean ones from syllables, the last of the original's kind (open, ㄹ
-or closed), so that the particle behind it stays right.
+A token that training never shows as an answer is pushed down by all others, and a name that holds it cannot be
+copied. Latin words are put together from the vocabulary's pieces, Korean ones from syllables, the last of the
+original's kind (open, ㄹ or closed), so that the particle behind it stays right.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Independent stages at once, each in a process of its own with its share of the cores; and one run at a time in a directory."""
+"""Independent stages at once, each in a process with its share of the cores; one run at a time in a directory."""
 
 from __future__ import annotations
 

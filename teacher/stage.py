@@ -35,8 +35,8 @@ def device() -> torch.device:
 
 def shape_config(shape: Shape, kind: str, vocab_size: int, **moe: int) -> ModelConfig:
     """A recipe's shape as a decoder's config."""
-    fields = ("hidden_size", "layers", "heads", "kv_heads", "head_dim", "intermediate_size", "tied", "init_std", "rope_theta")
-    named = {f: getattr(shape, f) for f in (*fields, "max_position")}
+    names = ("hidden_size", "layers", "heads", "kv_heads", "head_dim", "intermediate_size", "tied", "init_std")
+    named = {n: getattr(shape, n) for n in (*names, "max_position", "rope_theta")}
     return ModelConfig(kind=kind, vocab_size=vocab_size, **named, **moe)  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""The one training loop, used for teachers and students alike: batches in, a loss function, two optimizers, checkpoints.
+"""The one training loop, for teachers and students alike: batches in, a loss function, two optimizers, checkpoints.
 
 Knows nothing of recipes or of what the loss means. A run that was cut off continues from its last checkpoint to the
 same weights, because batches are a pure function of the seed and the step.

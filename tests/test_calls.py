@@ -119,7 +119,8 @@ def test_any_other_text_raises_call_error_and_nothing_else(text: str) -> None:
         "<|call:go|> x", "<|call:go|><|arg:place|> x<|arg:speed|> 1", "<|call:warm|><|arg:degrees|> warm",
         "<|call:warm|><|arg:degrees|> NaN", "<|call:warm|><|arg:degrees|> 1e999",
         "<|call:warm|><|arg:degrees|> " + "9" * 5000,
-        "<|call:tell|><|arg:with|> " + "[" * 100_000, "<|call:go|><|arg:place|> x<|none|>", '<|call:tell|><|arg:with|> {"a": NaN}',
+        "<|call:tell|><|arg:with|> " + "[" * 100_000, "<|call:go|><|arg:place|> x<|none|>",
+        '<|call:tell|><|arg:with|> {"a": NaN}',
         "<|call:go|><|arg:place|> x ", "<|call:go|><|arg:place|>  x",
     ],
 )  # fmt: skip
