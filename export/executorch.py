@@ -144,12 +144,17 @@ def resolve_lengths(cfg: ModelConfig, context: int | None, chunk: int | None) ->
 def check_schemes(w: Weights) -> None:
     """Refuse integers that XNNPACK's kernels do not compute with."""
     for name, scheme in linear_schemes(w.spec).items():
-        if scheme not in HELD.values():
-            asked = f"{scheme.bits}-bit weights, {scheme.activation_bits}-bit activations, group {scheme.group_size}"
-            raise GoriError(
-                f"XNNPACK does not hold {name} ({asked}, scheme {w.spec.scheme if w.spec else 'float'}): "
-                f"quantize with one of {', '.join(HELD)}, or export the float checkpoint"
-            )
+        check_scheme(scheme, f"{name} (scheme {w.spec.scheme if w.spec else 'float'})")
+
+
+def check_scheme(scheme: TensorScheme, name: str) -> None:
+    """Refuse a scheme that XNNPACK does not hold, with those that it does."""
+    if scheme not in HELD.values():
+        asked = f"{scheme.bits}-bit weights, {scheme.activation_bits}-bit activations, group {scheme.group_size}"
+        raise GoriError(
+            f"XNNPACK does not hold {name}, {asked}: "
+            f"quantize with one of {', '.join(HELD)}, or export the float checkpoint"
+        )
 
 
 def linear_schemes(spec: Quantization | None) -> dict[str, TensorScheme]:

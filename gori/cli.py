@@ -75,8 +75,6 @@ def root() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line: exit 0 done, 1 a user's error in one sentence, 2 usage, 3 a gate or budget not met."""
-    # threads that wait asleep: spinning ones made training ten times slower where another program had a core
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         try:
             root.main(arguments, prog_name="gori", standalone_mode=True)

@@ -44,10 +44,8 @@ def run(recipe: Path, out: Path | None, overrides: tuple[str, ...], until: str, 
 
 
 def _run(recipe: Any, out: Path, until: str, dry_run: bool, as_json: bool) -> None:
-    from gori import gates
     from gori.pipeline import run_recipe
 
-    gates.check(recipe.gates)
     summary = run_recipe(recipe, out, until, dry_run)
     if summary is not None:
         console.result(summary, as_json, summary_table(summary))

@@ -60,7 +60,9 @@ def training_texts(rows: Sequence[Conversation]) -> list[str]:
     for c in rows:
         texts += [f" {t.content}" for t in c.turns if t.content]
         for call in c.answer.calls or ():
-            texts += [f" {v}" for a in call.arguments.values() for v in (a if isinstance(a, list) else [a])]
+            for value in call.arguments.values():
+                values = value if isinstance(value, list) else [value]
+                texts += [f" {v if isinstance(v, str) else json.dumps(v)}" for v in values]
     return texts
 
 

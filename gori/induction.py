@@ -7,9 +7,9 @@ network stay what they are, and training is free to undo it. docs/training.md ha
 
 How it works. Every embedding gets a common part c (to a tied head it adds one number to all logits, which a softmax
 does not see). Half of layer 0's heads turn c into a key, and into a query that RoPE rotates onto the key one position
-back: they attend to the previous token and write its content V e into a space U of their own. Layer 1 asks with V e_t for
-keys U x_s: they match where s follows an earlier t. What stands there, U apart, is written as it is: the head predicts
-what followed last time.
+back: they attend to the previous token and write its content V e into a space U of their own. Layer 1 asks with V e_t
+for keys U x_s: they match where s follows an earlier t. What stands there, U apart, is written as it is: the head
+predicts what followed last time.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _previous_token(a: Attention, rope_freq: Tensor, common: Tensor, content: Te
 
 def _induction(a: Attention, content: Tensor, space: Tensor, rest: Tensor) -> None:
     """Every head matches its content with what stood before, and writes what it finds as itself."""
-    d, per, D = a.cfg.head_dim, a.cfg.heads // a.cfg.kv_heads, a.cfg.hidden_size
+    d, per = a.cfg.head_dim, a.cfg.heads // a.cfg.kv_heads
     groups = len(content) // d
     # without qk-norm: a query of |V e| = sqrt(d/2) and a key of at most sqrt(d) make the score GAIN**2 * sqrt(d)
     scale = 0.1 if a.cfg.qk_norm else GAIN * 2**0.25

@@ -16,9 +16,10 @@ from typing import Any
 from gori import console, corpus
 from gori.artifact import MANIFEST, Manifest, content_hash, is_current, make, read_manifest, write_json
 from gori.errors import GateError, GoriError
+from gori.gates import check as check_gates
 from gori.gates import verdicts
 from gori.parallel import cores, only_run, together
-from gori.quantize.schemes import canonical
+from gori.quantize.schemes import canonical, embedding_scheme, scheme
 from gori.recipe import Recipe
 
 STAGES = ("data", "tokenizer", "teacher", "distill", "control", "quantize", "export", "evaluate", "report")
@@ -148,9 +149,9 @@ def stage_quantize(run: Run) -> None:
     from gori.quantize.stage import quantize
 
     q = run.recipe.quantize
-    for scheme in run.schemes():
-        embedding = q.embedding if scheme == canonical(q.scheme) else None
-        quantize(run.dir("distill"), scheme, embedding, q.method, run.quantized_dir(scheme))
+    for name in run.schemes():
+        embedding = q.embedding if name == canonical(q.scheme) else None
+        quantize(run.dir("distill"), name, embedding, q.method, run.quantized_dir(name))
 
 
 def stage_export(run: Run) -> None:
@@ -216,6 +217,7 @@ def run_recipe(recipe: Recipe, out: Path, until: str = "report", dry_run: bool =
     """
     if until not in STAGES:
         raise GoriError(f"stage {until!r} is unknown: choose one of {', '.join(STAGES)}")
+    check(recipe)
     run = Run(recipe, out)
     if dry_run:
         for stage, state in plan(run, until):
@@ -234,6 +236,29 @@ def run_recipe(recipe: Recipe, out: Path, until: str = "report", dry_run: bool =
         first = "; ".join(f"{g['name']} is {g['value']:.4g}, bound {g['bound']}" for g in missed)
         raise GateError(f"{len(missed)} of {len(summary['gates'])} gates not met: {first} (everything is in {out})")
     return summary
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse before anything is trained what a later stage would refuse."""
+    from gori.distill.losses import check_terms
+    from gori.export.executorch import check_scheme
+    from gori.quantize.rtn import check_width
+
+    check_terms(recipe.distill.losses)
+    check_gates(recipe.gates)
+    q, student = recipe.quantize, recipe.student
+    widths = {
+        "the student's hidden_size": student.hidden_size,
+        "the student's heads * head_dim": student.heads * student.head_dim,
+        "the student's intermediate_size": student.intermediate_size,
+    }
+    for name in (q.scheme, *q.compare):
+        for what, width in widths.items():
+            check_width(width, scheme(name), what)
+    if q.embedding and (table := embedding_scheme(q.embedding)):
+        check_width(student.hidden_size, table, "the embedding")
+    if recipe.export:
+        check_scheme(scheme(q.scheme), f"quantize.scheme {q.scheme}")
 
 
 def groups(run: Run, until: str) -> list[tuple[str, ...]]:

@@ -17,19 +17,24 @@ def portable(scale: Tensor) -> Tensor:
     return scale.clamp(2.0**-14, 65280.0).to(torch.bfloat16).float()
 
 
-def round_to_nearest(weight: Tensor, s: TensorScheme, name: str = "weight") -> QuantizedTensor:
-    """Symmetric round-to-nearest of float32 `[out, in]`: scale = absmax / (2^(bits-1) - 0.5) per group, made portable
-    first, so that the integers are the nearest ones for the scale that is stored."""
-    out, width = weight.shape
-    group = s.group_size or width
-    if width % group:
+def check_width(width: int, s: TensorScheme, name: str) -> None:
+    """Refuse a layer whose inputs the scheme's groups do not divide."""
+    if s.group_size and width % s.group_size:
         divisors = [d for d in range(1, width + 1) if width % d == 0]
         raise GoriError(
-            f"group size {group} does not divide in_features {width} of {name}: "
+            f"group size {s.group_size} does not divide in_features {width} of {name}: "
             f"its divisors are {', '.join(map(str, divisors))}; choose such a width or a scheme ending in -channel"
         )
     if s.bits == 4 and width % 2:
         raise GoriError(f"in_features {width} of {name} is odd and int4 is stored in pairs: choose an 8-bit scheme")
+
+
+def round_to_nearest(weight: Tensor, s: TensorScheme, name: str = "weight") -> QuantizedTensor:
+    """Symmetric round-to-nearest of float32 `[out, in]`: scale = absmax / (2^(bits-1) - 0.5) per group, made portable
+    first, so that the integers are the nearest ones for the scale that is stored."""
+    out, width = weight.shape
+    check_width(width, s, name)
+    group = s.group_size or width
     if not torch.isfinite(weight).all():
         raise GoriError(f"{name} holds NaN or infinity: its training diverged; lower the learning rate and train again")
     grouped = weight.float().view(out, width // group, group)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,23 +67,33 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         assert closure is None
+        for job in self.jobs():
+            job()
+
+    def jobs(self) -> list[Callable[[], None]]:
+        """A step as functions that share nothing, the longest first, so that threads can divide it."""
+        found: list[tuple[int, Callable[[], None]]] = []
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 if p.dim() == 3:
-                    self._step_experts(p, group)
+                    found.append((p.numel(), partial(self._step_experts, p, group)))
                 else:
                     by_shape[p.shape].append(p)
             for params in by_shape.values():
-                self._step_matrices(params, group)
+                size = sum(p.numel() for p in params)
+                found.append((size, partial(self._step_matrices, params, group)))
+        return [job for _, job in sorted(found, key=lambda f: -f[0])]
 
+    @torch.no_grad()
     def _step_matrices(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
         updates = newton_schulz(torch.stack([self._momentum(p, group) for p in params]), group["steps"])
         for p, u in zip(params, updates, strict=True):
             self._apply(p, u, max(p.shape), group)
 
+    @torch.no_grad()
     def _step_experts(self, p: nn.Parameter, group: dict[str, Any]) -> None:
         """Stacks `[E, out, in]`: joined along the side that is not the model's width."""
         u, (E, m, n) = self._momentum(p, group), p.shape

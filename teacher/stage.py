@@ -75,7 +75,7 @@ def run_loop(
     fingerprint: str,
 ) -> Progress:
     """Train a decoder on a corpus in place, with checkpoints beside `out`."""
-    torch.set_num_threads(train.threads or cores())
+    threads = train.threads or cores()
     names = set(TrainSettings.__dataclass_fields__)
     settings = TrainSettings(**{k: v for k, v in train.model_dump().items() if k in names})
     rows = corpus.dev[:DEV_ROWS]
@@ -98,6 +98,7 @@ def run_loop(
         evaluate=on_dev,
         state=state,
         fingerprint=fingerprint,
+        workers=threads,
     )
 
 
@@ -117,7 +118,7 @@ def write_trained(
         "parameters": parameter_count(model),
         "steps": done.step,
         "tokens": done.tokens,
-        "threads": torch.get_num_threads(),
+        "threads": done.threads,
         "train_seconds": round(done.seconds, 1),
         "tokens_per_second": round(done.tokens / max(done.seconds, 1e-9), 1),
         "final": done.log[-1],

@@ -6,10 +6,14 @@ same weights, because batches are a pure function of the seed and the step.
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
+import pickle
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +26,8 @@ from gori.artifact import os_errors
 from gori.data import Example, batches, collate
 from gori.errors import GoriError
 from gori.model import Decoder
-from gori.teacher.optim import optimizers, schedule
+from gori.teacher.optim import Muon, optimizers, schedule
+from gori.teacher.workers import Workers, split
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ class Progress:
     tokens: int = 0
     log: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
+    threads: int = 1
 
 
 def to_tensors(examples: Sequence[Example], pad: int, device: torch.device) -> TrainBatch:
@@ -98,26 +104,28 @@ def fit(
     evaluate: Callable[[Decoder], dict[str, float]],
     state: Path,
     fingerprint: str,
+    workers: int = 1,
 ) -> Progress:
-    """Train in place; returns the log. `state` is where the run's checkpoint lies until it is done."""
+    """Train in place; returns the log. `state` is where the run's checkpoint lies until it is done;
+    `workers` threads share each batch's rows on a CPU."""
     device = next(model.parameters()).device
     opts = optimizers(model, settings.muon_lr, settings.adam_lr, settings.weight_decay, muon_steps=settings.muon_steps)
     done = _resume(state, fingerprint, model, opts)
-    if settings.compile:
-        for block in model.layers:
-            block.compile(dynamic=True)
+    done.threads = workers
     stream = batches(epoch_examples, settings.batch_tokens, seed, first_step=done.step)
     began, saved = time.monotonic() - done.seconds, time.monotonic()
-    model.train()
-    with console.steps(label, settings.steps) as bar:
+    with console.steps(label, settings.steps) as bar, _workers(model, workers, settings.compile) as team:
         while done.step < settings.steps:
-            batch = to_tensors(next(stream), pad, device)
-            entry = _step(model, batch, loss, opts, settings, done.step)
+            rows = next(stream)
+            parts = [to_tensors(part, pad, device) for part in split(rows, team.count)]
+            entry = _step(model, team, parts, loss, opts, settings, done.step)
             done.step += 1
-            done.tokens += int(batch.valid_BT.sum())
+            done.tokens += sum(len(e.ids) for e in rows)
             last = done.step == settings.steps
             if last or (settings.evaluate_every and done.step % settings.evaluate_every == 0):
+                torch.set_num_threads(workers)
                 entry |= evaluate(model.eval())
+                torch.set_num_threads(1)
                 model.train()
             done.log.append({"step": done.step, **entry})
             done.seconds = time.monotonic() - began
@@ -129,27 +137,71 @@ def fit(
     return done
 
 
+@contextmanager
+def _workers(model: Decoder, count: int, compiled: bool) -> Iterator[Workers]:
+    """Threads for the loop, each with one-threaded operations; one of them on a GPU."""
+    before = torch.get_num_threads()
+    team = Workers(model, 1 if next(model.parameters()).is_cuda else count)
+    team.train()
+    if compiled:
+        team.compile()
+    torch.set_num_threads(1)
+    try:
+        yield team
+    finally:
+        torch.set_num_threads(before)
+        team.close()
+
+
 def _step(
-    model: Decoder, batch: TrainBatch, loss: Loss, opts: list[torch.optim.Optimizer], s: TrainSettings, step: int
+    model: Decoder,
+    team: Workers,
+    parts: Sequence[TrainBatch],
+    loss: Loss,
+    opts: list[torch.optim.Optimizer],
+    s: TrainSettings,
+    step: int,
 ) -> dict[str, float]:
     """One update: forward, backward, clip, both optimizers. Returns what the loss reports, and the gradient's norm."""
     rate = schedule(step, s.steps, s.warmup_steps, s.final_lr)
     for o in opts:
         for group in o.param_groups:
             group["lr"] = group["peak_lr"] * rate
-    device = batch.ids_BT.device.type
-    with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-        value, entry = loss(model, batch)
-    if not torch.isfinite(value):
-        raise GoriError(
-            f"the loss became {value.item()} at step {step}: lower muon_lr {s.muon_lr} or adam_lr {s.adam_lr}"
-        )
-    value.backward()
+    answers = [len(p.targets) for p in parts]
+    shares = [n / sum(answers) for n in answers]
+
+    def with_autocast(replica: Decoder, part: TrainBatch) -> tuple[Tensor, dict[str, float]]:
+        device = part.ids_BT.device.type
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+            return loss(replica, part)
+
+    entry = _join(team.gradient(parts, shares, with_autocast), shares)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+    if not math.isfinite(entry["loss"]) or not torch.isfinite(norm):
+        raise GoriError(
+            f"the loss became {entry['loss']} and its gradient {float(norm)} at step {step}: "
+            f"lower muon_lr {s.muon_lr} or adam_lr {s.adam_lr}"
+        )
+    muon, adam = opts
+    assert isinstance(muon, Muon)
+    team.each(lambda job: job(), [*muon.jobs(), adam.step])
     for o in opts:
-        o.step()
         o.zero_grad(set_to_none=True)
     return {**entry, "gradient_norm": round(float(norm), 4)}
+
+
+def _join(entries: list[dict[str, float]], shares: list[float]) -> dict[str, float]:
+    """What the parts report as one: extremes stay extremes, the rest is averaged by the parts' shares."""
+    joined: dict[str, float] = {}
+    for key in entries[0]:
+        values = [e[key] for e in entries]
+        if key.endswith("_max"):
+            joined[key] = max(values)
+        elif key.endswith("_min"):
+            joined[key] = min(values)
+        else:
+            joined[key] = round(sum(v * share for v, share in zip(values, shares, strict=True)), 5)
+    return joined
 
 
 def _note(done: Progress) -> str:
@@ -169,16 +221,25 @@ def _save(path: Path, fingerprint: str, model: Decoder, opts: list[torch.optim.O
         "progress": json.dumps(vars(done)),
     }
     tmp = path.with_name(f"{path.name}.writing")
-    with os_errors(path):
-        torch.save(body, tmp)
-        os.replace(tmp, path)
+    whole = io.BytesIO()  # torch.save to a full disk raises no OSError
+    torch.save(body, whole)
+    try:
+        with os_errors(path):
+            tmp.write_bytes(whole.getbuffer())
+            os.replace(tmp, path)
+    except GoriError:
+        tmp.unlink(missing_ok=True)
+        raise
 
 
 def _resume(path: Path, fingerprint: str, model: Decoder, opts: list[torch.optim.Optimizer]) -> Progress:
     """Restore the run's checkpoint if it has one of the same fingerprint."""
     if not path.exists():
         return Progress()
-    body = torch.load(path, weights_only=True, map_location=next(model.parameters()).device)
+    try:
+        body = torch.load(path, weights_only=True, map_location=next(model.parameters()).device)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        raise GoriError(f"{path} is not a readable training checkpoint ({e}): delete it to start anew") from e
     if body["fingerprint"] != fingerprint:
         console.log(f"{path.name} belongs to other settings or data: starting anew")
         return Progress()

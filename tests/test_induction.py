@@ -38,7 +38,7 @@ def test_untrained_weights_with_the_circuit_copy_and_random_ones_do_not(case: st
     cfg = CASES[case]
     assert copied(Decoder(cfg).initialise(torch.Generator().manual_seed(0))) < 0.05
     g = torch.Generator().manual_seed(0)
-    assert copied(start_with_induction(Decoder(cfg).initialise(g), g)) > 0.4
+    assert copied(start_with_induction(Decoder(cfg).initialise(g), g)) > 0.25
 
 
 def test_one_layer_cannot_hold_the_circuit() -> None:

@@ -1,4 +1,4 @@
-"""A whole recipe through the command line, tiny but real: skipped when unchanged, continued when killed, to the same bytes."""
+"""A whole recipe through the command line, tiny but real: skipped when unchanged, continued when killed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ import yaml
 
 from gori import incar, recipe
 from gori.artifact import hash_files, read_manifest
+from gori.errors import GoriError
 from gori.pipeline import run_recipe
 from gori.report import claim
 
 SHAPE = {"layers": 2, "hidden_size": 32, "heads": 2, "kv_heads": 2, "head_dim": 16, "intermediate_size": 32}
 TRAIN = {"steps": 12, "batch_tokens": 256, "checkpoint_every_s": 0, "evaluate_every": 6}
-STAGES = ("data", "tokenizer", "teacher", "distill", "control", "quantize", "quantize-w8a8-channel", "export/executorch")
+STAGES = ("data", "tokenizer", "teacher", "distill", "control", "quantize", "export/executorch")
 
 
 def write_recipe(directory: Path, **changes: Any) -> Path:
@@ -31,7 +32,12 @@ def write_recipe(directory: Path, **changes: Any) -> Path:
     body = {
         "name": "tiny",
         "seed": 3,
-        "data": {"train": "train.jsonl", "dev": "dev.jsonl", "test": ["template.jsonl", "none.jsonl"], "tools": "tools.json"},
+        "data": {
+            "train": "train.jsonl",
+            "dev": "dev.jsonl",
+            "test": ["template.jsonl", "none.jsonl"],
+            "tools": "tools.json",
+        },
         "tokenizer": {"vocab_size": 700},
         "teacher": {**SHAPE, "experts": 4, "train": TRAIN},
         "student": SHAPE,
@@ -110,7 +116,8 @@ def test_the_report_is_one_page_without_network_or_script(tiny: Path) -> None:
 
 def test_a_claim_needs_a_difference_larger_than_chance() -> None:
     def summary(student: float, control: float) -> dict[str, Any]:
-        return {"accuracy": {"student": {"t": {"exact": student, "n": 400}}, "control": {"t": {"exact": control, "n": 400}}}}
+        shares = {"student": student, "control": control}
+        return {"accuracy": {m: {"t": {"exact": share, "n": 400}} for m, share in shares.items()}}
 
     assert "more often right than" in claim(summary(0.9, 0.7))
     assert "not shown to be better" in claim(summary(0.9, 0.89))
@@ -151,10 +158,29 @@ def cut_and_continue(tiny: Path, tmp_path: Path, stage: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["data", "tokenizer", "distill", "control", "quantize", "export/executorch", "evaluate/student"])
+@pytest.mark.parametrize(
+    "stage", ["data", "tokenizer", "distill", "control", "quantize", "export/executorch", "evaluate/student"]
+)
 def test_a_run_killed_in_any_stage_ends_with_the_same_bytes(tiny: Path, tmp_path: Path, stage: str) -> None:
     cut_and_continue(tiny, tmp_path, stage)
 
 
 def test_a_run_killed_while_its_teacher_trains_ends_with_the_same_bytes(tiny: Path, tmp_path: Path) -> None:
     cut_and_continue(tiny, tmp_path, "teacher")
+
+
+LATE = {
+    "distill.losses.forward_lk=1": "did you mean 'forward_kl'",
+    "quantize.scheme=w4a8-g64": "group size 64 does not divide in_features 32",
+    "quantize.scheme=w4a16-g32": "XNNPACK does not hold quantize.scheme w4a16-g32",
+    "quantize.embedding=w4-g33": "embedding scheme 'w4-g33' is unknown",
+    "gates.accuracy=high": "write a comparison",
+}
+
+
+@pytest.mark.parametrize("override", LATE)
+def test_what_a_late_stage_would_refuse_is_refused_before_any_training(override: str, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    with pytest.raises(GoriError, match=LATE[override]):
+        run_recipe(recipe.load(path, (override,)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -17,6 +17,7 @@ from gori.errors import GoriError
 from gori.model import Decoder, ModelConfig
 from gori.teacher.stage import answer_loss
 from gori.teacher.train import Loss, Progress, TrainBatch, TrainSettings, fit, to_tensors
+from gori.teacher.workers import Workers, split
 from gori.tokenizer import Tokenizer
 
 DENSE = ModelConfig(
@@ -149,7 +150,7 @@ def test_a_loss_that_is_no_number_is_refused_with_the_step_and_the_rates(
         value, entry = plain(model, batch)
         return value * bad, entry
 
-    with pytest.raises(GoriError, match=r"the loss became (nan|inf) at step 0: lower muon_lr 0\.02 or adam_lr 0\.02"):
+    with pytest.raises(GoriError, match=r"its gradient (nan|inf) at step 0: lower muon_lr 0\.02 or adam_lr 0\.02"):
         run(new(DENSE), breaks, "nan")
 
 
@@ -168,3 +169,23 @@ def test_targets_are_the_answers_and_hidden_states_stand_at_the_tokens_before_th
             model.hidden(torch.tensor([e.ids[:i]]))[0, -1] for e in rows for i, on in enumerate(e.loss) if on
         ]  # fmt: skip
     torch.testing.assert_close(got, torch.stack(one_by_one), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cfg", [DENSE, MOE], ids=["dense", "a mixture of experts"])
+def test_two_workers_find_the_gradient_of_one(cfg: ModelConfig, toy_corpus: Corpus, toy_tokenizer: Path) -> None:
+    rows = epochs(toy_corpus.train, Tokenizer.load(toy_tokenizer), 200, 0, 0.0)(0)[:9]
+    loss = answer_loss(0.0)
+
+    def gradient(count: int) -> list[Tensor]:
+        model = new(cfg)
+        team = Workers(model, count)
+        team.train()
+        parts = [to_tensors(part, 0, torch.device("cpu")) for part in split(rows, count)]
+        answers = [len(p.targets) for p in parts]
+        team.gradient(parts, [n / sum(answers) for n in answers], loss)
+        team.close()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    for one, two in zip(gradient(1), gradient(2), strict=True):
+        torch.testing.assert_close(two, one, atol=1e-6, rtol=1e-4)  # float32 sums in another order
+    assert all(torch.equal(a, b) for a, b in zip(gradient(2), gradient(2), strict=True))
