@@ -165,13 +165,14 @@ class Attention(nn.Module):
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """What the heads found, `[B, T, H * head_dim]`; the block applies `o_proj`, where it is wanted."""
         q, k, v = (t.transpose(1, 2) for t in self.qkv(x_BTD, rope))
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.cfg.heads != self.cfg.kv_heads
         )
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        return y.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
@@ -257,8 +258,13 @@ class Block(nn.Module):
         mask: Tensor | None,
         cache: KVCache | None,
         valid_BT: Tensor | None,
+        wanted_BT: Tensor | None = None,
     ) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, mask, cache)
+        """`[B, T, D]`, or with `wanted_BT` (bool) only those positions as `[1, wanted, D]`."""
+        y_BTA = self.self_attn(self.input_layernorm(x_BTD), rope, mask, cache)
+        if wanted_BT is not None:
+            x_BTD, y_BTA, valid_BT = x_BTD[wanted_BT].unsqueeze(0), y_BTA[wanted_BT].unsqueeze(0), None
+        x_BTD = x_BTD + self.self_attn.o_proj(y_BTA)
         h_BTD = self.post_attention_layernorm(x_BTD)
         return x_BTD + (self.mlp(h_BTD, valid_BT) if isinstance(self.mlp, MoE) else self.mlp(h_BTD))
 
@@ -294,9 +300,19 @@ class Decoder(nn.Module):
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos(), angles.sin()
 
-    def hidden(self, ids_BT: Tensor, cache: KVCache | None = None, valid_BT: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        ids_BT: Tensor,
+        cache: KVCache | None = None,
+        valid_BT: Tensor | None = None,
+        wanted_BT: Tensor | None = None,
+    ) -> Tensor:
         """Normed last hidden states `[B, T, D]`. Padding may only stand at the right; `valid_BT` (bool) marks the rest
-        and matters to the experts' balance loss alone. With a cache, its length is the first position."""
+        and matters to the experts' balance loss alone. With a cache, its length is the first position.
+
+        With `wanted_BT` (bool) only those positions, `[wanted, D]`: the last block's MLP is computed for no others, and
+        its balance loss counts those, valid or not.
+        """
         start, T = (cache.length if cache else 0), ids_BT.shape[1]
         positions = torch.arange(start, start + T, device=ids_BT.device).unsqueeze(0)
         rope, mask = self.rope(positions), None
@@ -304,11 +320,12 @@ class Decoder(nn.Module):
             mask = torch.ones(T, start + T, dtype=torch.bool, device=ids_BT.device).tril(start)
         x_BTD = self.embed_tokens(ids_BT)
         rope = (rope[0].to(x_BTD.dtype), rope[1].to(x_BTD.dtype))
-        for block in self.layers:
-            x_BTD = block(x_BTD, rope, mask, cache, valid_BT)
+        last = len(self.layers) - 1
+        for i, block in enumerate(self.layers):
+            x_BTD = block(x_BTD, rope, mask, cache, valid_BT, wanted_BT if i == last else None)
         if cache is not None:
             cache.length += T
-        return self.norm(x_BTD)
+        return self.norm(x_BTD if wanted_BT is None else x_BTD[0])
 
     @property
     def head(self) -> nn.Module:

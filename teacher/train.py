@@ -69,8 +69,7 @@ class TrainBatch:
 
     def answer_hidden(self, model: Decoder) -> Tensor:
         """Last hidden states `[answers, D]` at the positions that predict `targets`."""
-        h_BTD = model.hidden(self.ids_BT[:, :-1], valid_BT=self.valid_BT[:, :-1])
-        return h_BTD[self.loss_BT[:, 1:]]
+        return model.hidden(self.ids_BT[:, :-1], valid_BT=self.valid_BT[:, :-1], wanted_BT=self.loss_BT[:, 1:])
 
 
 Loss = Callable[[Decoder, TrainBatch], tuple[Tensor, dict[str, float]]]

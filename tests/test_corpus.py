@@ -14,6 +14,7 @@ from gori.calls import Call
 from gori.corpus import Corpus, epochs, find_value, swap, values_by_argument
 from gori.data import Conversation, Turn, encode
 from gori.errors import GoriError
+from gori.invent import Inventor
 from gori.tokenizer import Tokenizer
 
 VALUES = ("서울역", "역", "서울역 광장", "집", "Main", "Main Street", "Street", "Pier 39", "39")
@@ -124,3 +125,48 @@ def test_a_row_longer_than_the_model_is_refused_not_cut(toy_corpus: Corpus, toy_
 def test_two_test_files_of_one_name_are_refused(toy: Path) -> None:
     with pytest.raises(GoriError, match="two test files are named 'test'"):
         corpus.read(toy / "train.jsonl", toy / "dev.jsonl", [toy / "test.jsonl"] * 2, toy / "tools.json")
+
+
+ENDINGS = st.sampled_from(["역", "서울", "공원", "카페", "병원"])
+
+
+@settings(max_examples=60)
+@given(st.lists(ENDINGS | st.sampled_from(["Main", "street", "39", "FM", "a-b"]), min_size=1, max_size=4), st.data())
+def test_an_invented_value_has_the_words_of_its_model(
+    toy_tokenizer: Path, words: list[str], data: st.DataObject
+) -> None:
+    inventor = Inventor(Tokenizer.load(toy_tokenizer), ["서울역 강남 부산항 카페"])
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    made = inventor.like(" ".join(words), rng).split(" ")
+    assert len(made) == len(words)
+    for old, new in zip(words, made, strict=True):
+        if "가" <= old[0] <= "힣":
+            assert len(new) == len(old)
+            assert all("가" <= c <= "힣" for c in new)
+        elif old.isalpha():
+            assert new.isalpha()
+            assert new[0].isupper() == old[0].isupper()
+        else:
+            assert new == old
+
+
+def test_an_invented_korean_value_keeps_what_its_particle_depends_on(toy_tokenizer: Path) -> None:
+    inventor = Inventor(Tokenizer.load(toy_tokenizer), ["서울역 강남 부산항 카페 물 길"])
+    rng = np.random.default_rng(0)
+    for word, finals in (("카페", {0}), ("서울", {8}), ("서울역", set(range(1, 28)) - {8})):
+        made = [inventor.like(word, rng) for _ in range(300)]
+        kept = sum((ord(m[-1]) - ord("가")) % 28 in finals for m in made)
+        assert kept > 280  # one draw in a hundred may keep its own end, or the search could be endless
+        assert len(set(made)) > 50
+
+
+def test_only_open_arguments_are_invented(toy_tokenizer: Path) -> None:
+    inventor = Inventor(Tokenizer.load(toy_tokenizer), ["서울역 강남"])
+    row = conversation("서울역 가자", {"a": "서울역"})
+    few = {"a": ["서울역", "부산역"]}
+    many = {"a": [f"{chr(ord('가') + i)}나다라마바" for i in range(corpus.OPEN_VALUES)]}
+    got = {swap(row, few, np.random.default_rng(s), inventor).utterance for s in range(40)}
+    assert got == {"서울역 가자", "부산역 가자"}
+    assert not {swap(row, many, np.random.default_rng(s), inventor).utterance for s in range(40)} & {
+        f"{v} 가자" for v in many["a"]
+    }

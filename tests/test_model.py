@@ -94,6 +94,15 @@ def test_logits_with_a_cache_equal_those_without(case: str, chunks: list[int]) -
         torch.testing.assert_close(torch.cat(parts, 1), model(ids), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("case", ["llama", "qwen2", "qwen3", "qwen3_moe"])
+def test_hidden_states_of_wanted_positions_are_those_of_all_positions(case: str) -> None:
+    model = random_decoder(CASES[case])
+    g = torch.Generator().manual_seed(1)
+    ids, wanted = torch.randint(0, 97, (3, 12), generator=g), torch.rand(3, 12, generator=g) < 0.4
+    with torch.no_grad():
+        torch.testing.assert_close(model.hidden(ids, wanted_BT=wanted), model.hidden(ids)[wanted], atol=1e-5, rtol=1e-5)
+
+
 def test_a_full_cache_is_refused() -> None:
     model = random_decoder(CASES["llama"])
     with pytest.raises(GoriError, match="5 tokens do not fit the KV cache of 4"):

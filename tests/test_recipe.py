@@ -129,3 +129,8 @@ def test_a_recipe_that_is_dumped_and_read_is_the_same() -> None:
     text = resources.files("gori").joinpath("demo.yaml").read_text(encoding="utf-8")
     r = Recipe.model_validate(yaml.safe_load(text))
     assert Recipe.model_validate(yaml.safe_load(yaml.safe_dump(r.model_dump()))) == r
+
+
+def test_the_demo_is_the_in_car_example() -> None:
+    root = Path(__file__).parents[1]
+    assert (root / "gori/demo.yaml").read_bytes() == (root / "examples/incar/recipe.yaml").read_bytes()
