@@ -30,8 +30,8 @@ test-slow: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf $(VENV)/lint && $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target $(VENV)/lint .
-	$(BIN)/pyright --pythonpath $(BIN)/python --project $(VENV)/../pyrightconfig.json
+	rm -rf build/lint && $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target build/lint .
+	$(BIN)/pyright --pythonpath $(BIN)/python --project pyrightconfig.json
 
 format: setup
 	$(BIN)/ruff format .

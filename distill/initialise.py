@@ -108,11 +108,13 @@ def _record(teacher: Decoder, calibration: Sequence[Tensor]) -> list[Tensor]:
     """Each layer's MLP inputs `[N, D]` over the calibration batches."""
     seen: list[list[Tensor]] = [[] for _ in teacher.layers]
     hooks = []
-    for i, block in enumerate(teacher.layers):
+    for parts, block in zip(seen, teacher.layers, strict=True):
         assert isinstance(block, Block)
-        hooks.append(
-            block.mlp.register_forward_pre_hook(lambda _, args, i=i: seen[i].append(args[0].detach().flatten(0, 1)))
-        )
+
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...], parts: list[Tensor] = parts) -> None:
+            parts.append(inputs[0].detach().flatten(0, 1))
+
+        hooks.append(block.mlp.register_forward_pre_hook(keep))
     try:
         for ids in calibration:
             teacher.hidden(ids)

@@ -107,6 +107,7 @@ def _chunk(
     wide = torch.promote_types(logits.dtype, torch.float32)
     logits = logits.to(wide)
     grad, sums = torch.zeros_like(logits), []
+    p = q = logits[:0]
     if teacher is not None:
         p = (teacher.to(wide) / temperature).log_softmax(-1)
         q = (logits / temperature).log_softmax(-1)

@@ -10,7 +10,6 @@ from typing import Any
 
 import click
 
-from gori.artifact import Manifest
 from gori.console import result
 from gori.errors import GoriError
 
@@ -49,7 +48,7 @@ def export_command(
       gori export student-w4 --target executorch --context 512 --out car.et
     """
     module, function = TARGETS[target]
-    export: Callable[..., Manifest] = getattr(importlib.import_module(module), function)
+    export: Callable[..., dict[str, Any]] = getattr(importlib.import_module(module), function)
     golden = read_prompts(prompts) if prompts else []
     manifest = export(checkpoint, out, context=context, chunk=chunk, prompts=golden, seed=seed)
     result({"out": str(out), **manifest["metrics"]}, as_json, summary(out, manifest["metrics"]))

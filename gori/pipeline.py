@@ -191,7 +191,7 @@ def stage_report(run: Run) -> None:
     from gori.summary import summarize
 
     summary = summarize(run.out, run.models(), run.recipe, canonical(run.recipe.quantize.scheme))
-    summary["gates"] = verdicts(run.recipe.gates, run.recipe.budget, summary)
+    summary["gates"] = verdicts(run.recipe.gates, run.recipe.budget.model_dump(exclude_none=True), summary)
     write_json(run.out / "summary.json", summary)
     write_report(run.out, summary, run.recipe)
 
@@ -286,7 +286,8 @@ def _run_group(run: Run, group: tuple[str, ...]) -> None:
     if halves:
         together([(_job, (run.recipe, run.out, stage)) for stage in group], share=max(1, cores() // 2))
     else:
-        RUNNERS[group[0]](run)
+        for stage in group:
+            RUNNERS[stage](run)
 
 
 def _job(recipe: Recipe, out: Path, stage: str) -> None:

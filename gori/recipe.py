@@ -23,9 +23,9 @@ class Data(Section):
 
     builtin: Literal["incar"] | None = None
     """The built-in in-car task, made from the seed; then no file is named."""
-    rows: int = Field(30000, ge=100)
+    rows: int = Field(default=30000, ge=100)
     """Training rows of the built-in task."""
-    test_rows: int = Field(300, ge=10)
+    test_rows: int = Field(default=300, ge=10)
     """Rows of each test split of the built-in task."""
     train: str | None = None
     dev: str | None = None
@@ -35,45 +35,45 @@ class Data(Section):
 
 
 class TokenizerSection(Section):
-    vocab_size: int = Field(2048, ge=300)
+    vocab_size: int = Field(default=2048, ge=300)
 
 
 class Train(Section):
     """One training run; see gori.teacher.train.TrainSettings for each field."""
 
-    steps: int = Field(600, ge=1)
-    batch_tokens: int = Field(1024, ge=16)
-    muon_lr: float = Field(4e-3, gt=0)
-    adam_lr: float = Field(4e-3, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    warmup_steps: int = Field(30, ge=0)
-    final_lr: float = Field(0.0, ge=0, le=1)
-    clip: float = Field(1.0, gt=0)
-    muon_steps: int = Field(5, ge=1)
-    evaluate_every: int = Field(0, ge=0)
-    swap_values: float = Field(0.0, ge=0, le=1)
+    steps: int = Field(default=600, ge=1)
+    batch_tokens: int = Field(default=1024, ge=16)
+    muon_lr: float = Field(default=4e-3, gt=0)
+    adam_lr: float = Field(default=4e-3, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup_steps: int = Field(default=30, ge=0)
+    final_lr: float = Field(default=0.0, ge=0, le=1)
+    clip: float = Field(default=1.0, gt=0)
+    muon_steps: int = Field(default=5, ge=1)
+    evaluate_every: int = Field(default=0, ge=0)
+    swap_values: float = Field(default=0.0, ge=0, le=1)
     """Share of rows whose string values are swapped, in utterance and call, for other values of the same argument."""
-    invent_values: float = Field(0.0, ge=0, le=1)
+    invent_values: float = Field(default=0.0, ge=0, le=1)
     """Share of the swapped rows whose open arguments get invented words, so that every token is copied sometimes."""
-    checkpoint_every_s: float = Field(20.0, ge=0)
+    checkpoint_every_s: float = Field(default=20.0, ge=0)
     compile: bool = False
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(default=None, ge=1)
     """CPU threads; null: one for each core."""
 
 
 class Shape(Section):
     """A decoder's shape."""
 
-    hidden_size: int = Field(128, ge=8)
-    layers: int = Field(4, ge=1)
-    heads: int = Field(4, ge=1)
-    kv_heads: int = Field(4, ge=1)
-    head_dim: int = Field(32, ge=2)
-    intermediate_size: int = Field(256, ge=8)
+    hidden_size: int = Field(default=128, ge=8)
+    layers: int = Field(default=4, ge=1)
+    heads: int = Field(default=4, ge=1)
+    kv_heads: int = Field(default=4, ge=1)
+    head_dim: int = Field(default=32, ge=2)
+    intermediate_size: int = Field(default=256, ge=8)
     tied: bool = True
-    init_std: float = Field(0.02, gt=0)
-    max_position: int = Field(256, ge=16)
-    rope_theta: float = Field(1e6, gt=1)
+    init_std: float = Field(default=0.02, gt=0)
+    max_position: int = Field(default=256, ge=16)
+    rope_theta: float = Field(default=1e6, gt=1)
     """A large one leaves more of a small head's dimensions free of position, to match content with."""
     induction: bool = True
     """Start random weights with a circuit that copies (gori.induction)."""
@@ -84,9 +84,9 @@ class Teacher(Shape):
 
     path: str | None = None
     """A checkpoint folder with the same tokenizer; then nothing is trained."""
-    experts: int = Field(8, ge=2)
-    experts_per_token: int = Field(2, ge=1)
-    balance: float = Field(0.01, ge=0)
+    experts: int = Field(default=8, ge=2)
+    experts_per_token: int = Field(default=2, ge=1)
+    balance: float = Field(default=0.01, ge=0)
     """Weight of the load-balancing auxiliary loss."""
     train: Train = Train()
 
@@ -103,7 +103,7 @@ class Distill(Section):
     """Teacher layers that the student takes; null: evenly spaced."""
     losses: dict[str, float] = {"forward_kl": 1.0}
     """Weights of forward_kl, reverse_kl, jsd, ce."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     train: Train = Train()
     control: Literal["none", "random", "teacher"] = "random"
     """A control run with the same steps on the true answers alone (ce), from these first weights; none: no control."""
@@ -121,8 +121,15 @@ class Quantize(Section):
 
 class Export(Section):
     target: Literal["executorch"] = "executorch"
-    context: int | None = Field(None, ge=16)
+    context: int | None = Field(default=None, ge=16)
     """Longest prompt plus answer in tokens; null: the student's max_position, at most 512."""
+
+
+class Budget(Section):
+    """What an exported file may cost."""
+
+    bytes: int | None = None
+    """Of the largest exported file."""
 
 
 class Recipe(Section):
@@ -137,8 +144,7 @@ class Recipe(Section):
     export: list[Export] = [Export()]
     gates: dict[str, str] = {}
     """`"accuracy.executorch.test.exact": ">= 0.8"`: a dotted path into summary.json, or a ratio of two with ` / `."""
-    budget: dict[Literal["bytes"], int] = {}
-    """Largest exported file, bytes."""
+    budget: Budget = Budget()
 
 
 def load(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
