@@ -37,6 +37,8 @@ def start_with_induction(model: Decoder, generator: torch.Generator) -> Decoder:
     if cfg.layers < 2:
         raise GoriError(f"induction needs 2 layers and the model has {cfg.layers}: add one or set induction: false")
     D, d = cfg.hidden_size, cfg.head_dim
+    if 2 * d > D:
+        raise GoriError(f"induction needs a hidden_size of 2 * head_dim = {2 * d}, got {D}: set induction: false")
     groups = max(1, min(cfg.kv_heads // 2, (D - 1) // (2 * d)))
     common = torch.randn(D, generator=generator)
     common /= common.norm()
@@ -88,12 +90,13 @@ def _induction(a: Attention, content: Tensor, space: Tensor, rest: Tensor) -> No
     scale = 0.1 if a.cfg.qk_norm else GAIN * 2**0.25
     for g in range(a.cfg.kv_heads):
         rows, of = slice(g * d, (g + 1) * d), slice(g % groups * d, (g % groups + 1) * d)
-        value = rest.roll(-g * d, 0)[:d]
+        value = rest.roll(-g * d, 0)[:d]  # a narrow model has less than d dimensions to spare
+        n = len(value)
         a.k_proj.weight[rows] = space[of] * scale
-        a.v_proj.weight[rows] = value
+        a.v_proj.weight[g * d : g * d + n] = value
         for h in range(g * per, (g + 1) * per):
             a.q_proj.weight[h * d : (h + 1) * d] = content[of] * scale
-            a.o_proj.weight[:, h * d : (h + 1) * d] = INDUCTION_WRITES / per * value.T
+            a.o_proj.weight[:, h * d : h * d + n] = INDUCTION_WRITES / per * value.T
     _gain(a)
 
 

@@ -17,12 +17,13 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from decoders import random_decoder
 from gori import checkpoint, quantized
 from gori.errors import GoriError
 from gori.export import executorch as target
 from gori.export import parity
 from gori.export.commands import export_command
-from gori.model import Decoder, ModelConfig, RopeScaling
+from gori.model import ModelConfig, RopeScaling
 from gori.quantize.rtn import round_to_nearest, rtn
 from gori.quantize.schemes import SCHEMES
 from gori.quantized import EMBEDDING, HEAD
@@ -57,17 +58,6 @@ CASES = {
     ),
     "qwen2 float": Case(of("qwen2"), "float"),
 }
-
-
-def random_decoder(cfg: ModelConfig) -> Decoder:
-    """Random weights; norms and biases off their defaults, so that leaving one out shows."""
-    generator = torch.Generator().manual_seed(0)
-    model = Decoder(cfg).initialise(generator).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() == 1:
-                p.add_(torch.randn(p.shape, generator=generator) * 0.3)
-    return model
 
 
 def write_checkpoint(case: Case, out: Path) -> Path:
@@ -201,7 +191,7 @@ def test_a_shared_head_without_rounded_activations_is_refused(tmp_path: Path) ->
     source = write_checkpoint(Case(LLAMA, "w4a8-g32"), tmp_path / "c")
     body = json.loads((source / "quantization.json").read_text())
     (source / "quantization.json").write_text(json.dumps(body | {"head_activation_bits": 16}))
-    with pytest.raises(GoriError, match=f"does not hold {HEAD} .4-bit weights, 16-bit activations"):
+    with pytest.raises(GoriError, match=f"does not hold {HEAD} .scheme w4a8-g32., 4-bit weights, 16-bit activations"):
         target.export_executorch(source, tmp_path / "out")
 
 

@@ -30,6 +30,7 @@ def copied(model: Decoder) -> float:
 CASES = {
     **{kind: config(kind) for kind in ("qwen3", "llama", "qwen2", "qwen3_moe")},
     "qwen3, shared key/value heads": config("qwen3", heads=8),
+    "qwen3, as narrow as can be": config("qwen3", hidden_size=64),
 }
 
 
@@ -44,3 +45,8 @@ def test_untrained_weights_with_the_circuit_copy_and_random_ones_do_not(case: st
 def test_one_layer_cannot_hold_the_circuit() -> None:
     with pytest.raises(GoriError, match="induction needs 2 layers and the model has 1"):
         start_with_induction(Decoder(config("qwen3", layers=1)), torch.Generator())
+
+
+def test_a_model_too_narrow_for_the_circuit_is_refused() -> None:
+    with pytest.raises(GoriError, match=r"induction needs a hidden_size of 2 \* head_dim = 64, got 48"):
+        start_with_induction(Decoder(config("qwen3", hidden_size=48)), torch.Generator())

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from decoders import random_decoder
 from gori.distill.initialise import evenly_spaced, from_teacher
 from gori.errors import GoriError
 from gori.model import MLP, Decoder, ModelConfig, MoE
@@ -20,29 +21,19 @@ MOE = dataclasses.replace(DENSE, kind="qwen3_moe", intermediate_size=12, experts
 CALIBRATION = [torch.randint(0, 53, (2, 20), generator=torch.Generator().manual_seed(i)) for i in range(4)]
 
 
-def random(cfg: ModelConfig, seed: int = 0) -> Decoder:
-    g = torch.Generator().manual_seed(seed)
-    model = Decoder(cfg).initialise(g).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() == 1:
-                p.add_(torch.randn(p.shape, generator=g) * 0.3)
-    return model
-
-
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_student_of_its_dense_teachers_shape_is_a_copy(kind: str, tied: bool) -> None:
     cfg = dataclasses.replace(DENSE, kind=kind, tied=tied)  # type: ignore[arg-type]
-    teacher, student = random(cfg), random(cfg, seed=1)
+    teacher, student = random_decoder(cfg), random_decoder(cfg, seed=1)
     from_teacher(student, teacher, CALIBRATION)
     with torch.no_grad():
         assert torch.equal(student(CALIBRATION[0]), teacher(CALIBRATION[0]))
 
 
 def test_chosen_layers_are_taken_in_their_order() -> None:
-    teacher = random(DENSE)
-    student = random(dataclasses.replace(DENSE, layers=2), seed=1)
+    teacher = random_decoder(DENSE)
+    student = random_decoder(dataclasses.replace(DENSE, layers=2), seed=1)
     report = from_teacher(student, teacher, CALIBRATION, layers=[2, 0])
     assert [r["teacher_layer"] for r in report["layers"]] == [2, 0]  # type: ignore[attr-defined]
     for mine, source in zip(student.layers, (2, 0), strict=True):
@@ -70,8 +61,8 @@ def expert_outputs(moe: MoE, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("top_k", [4, 2])
 def test_the_dense_mlp_of_all_experts_is_no_worse_than_any_common_scale_of_them(top_k: int) -> None:
-    teacher = random(dataclasses.replace(MOE, experts_per_token=top_k))
-    student = random(dataclasses.replace(DENSE, intermediate_size=4 * 12), seed=1)
+    teacher = random_decoder(dataclasses.replace(MOE, experts_per_token=top_k))
+    student = random_decoder(dataclasses.replace(DENSE, intermediate_size=4 * 12), seed=1)
     from_teacher(student, teacher, CALIBRATION)
     for layer in range(3):
         moe, mlp = teacher.layers[layer].mlp, student.layers[layer].mlp
@@ -90,7 +81,7 @@ def test_the_dense_mlp_of_all_experts_is_no_worse_than_any_common_scale_of_them(
 
 
 def test_the_most_used_experts_are_chosen_and_their_share_is_reported() -> None:
-    teacher = random(dataclasses.replace(MOE, experts_per_token=2))
+    teacher = random_decoder(dataclasses.replace(MOE, experts_per_token=2))
     with torch.no_grad():
         for block in teacher.layers:
             assert isinstance(block.mlp, MoE)
@@ -98,7 +89,7 @@ def test_the_most_used_experts_are_chosen_and_their_share_is_reported() -> None:
             # expert 3 wins on half of the inputs by far, expert 1 a little: without a bias only a sign can be asked for
             block.mlp.gate.weight[3] = 5.0
             block.mlp.gate.weight[1] = -5.0
-    student = random(dataclasses.replace(DENSE, intermediate_size=20), seed=1)
+    student = random_decoder(dataclasses.replace(DENSE, intermediate_size=20), seed=1)
     report = from_teacher(student, teacher, CALIBRATION)
     for layer in report["layers"]:  # type: ignore[attr-defined]
         assert sorted(layer["experts"]) == [1, 3]
@@ -115,7 +106,7 @@ def test_the_most_used_experts_are_chosen_and_their_share_is_reported() -> None:
 )  # fmt: skip
 @pytest.mark.parametrize("source", [DENSE, MOE])
 def test_a_narrower_student_takes_rows_and_columns_of_its_teacher(source: ModelConfig, changes: dict[str, int]) -> None:
-    teacher, student = random(source), random(dataclasses.replace(DENSE, **changes), seed=1)  # type: ignore[arg-type]
+    teacher, student = random_decoder(source), random_decoder(dataclasses.replace(DENSE, **changes), seed=1)  # type: ignore[arg-type]
     report = from_teacher(student, teacher, CALIBRATION)
     assert report["hidden_dimensions"] == student.cfg.hidden_size
     with torch.no_grad():
@@ -154,15 +145,15 @@ def test_a_student_that_does_not_fit_its_teacher_is_refused_with_both_numbers(
     changes: dict[str, object], message: str
 ) -> None:
     with pytest.raises(GoriError, match=message):
-        from_teacher(random(dataclasses.replace(DENSE, **changes), 1), random(DENSE), CALIBRATION)  # type: ignore[arg-type]
+        from_teacher(random_decoder(dataclasses.replace(DENSE, **changes), 1), random_decoder(DENSE), CALIBRATION)  # type: ignore[arg-type]
 
 
 def test_biases_are_not_dropped_silently() -> None:
-    teacher = random(dataclasses.replace(DENSE, kind="qwen2"))
+    teacher = random_decoder(dataclasses.replace(DENSE, kind="qwen2"))
     with pytest.raises(GoriError, match="the teacher's attention has biases and a llama student none"):
-        from_teacher(random(dataclasses.replace(DENSE, kind="llama")), teacher, CALIBRATION)
+        from_teacher(random_decoder(dataclasses.replace(DENSE, kind="llama")), teacher, CALIBRATION)
 
 
 def test_layers_that_the_teacher_lacks_are_refused() -> None:
     with pytest.raises(GoriError, match=r"layers \[0, 1, 3\] are not 3 of the teacher's 0\.\.2"):
-        from_teacher(random(DENSE, 1), random(DENSE), CALIBRATION, layers=[0, 1, 3])
+        from_teacher(random_decoder(DENSE, 1), random_decoder(DENSE), CALIBRATION, layers=[0, 1, 3])

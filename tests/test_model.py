@@ -11,9 +11,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from decoders import random_decoder
 from gori import checkpoint
 from gori.errors import GoriError
-from gori.model import Decoder, KVCache, ModelConfig, RopeScaling
+from gori.model import KVCache, ModelConfig, RopeScaling
 
 LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=64)
 
@@ -47,16 +48,6 @@ CASES = {
     "qwen3_moe": config("qwen3_moe"),
     "qwen3_moe, weights not normed": config("qwen3_moe", norm_topk=False, tied=False),
 }
-
-
-def random_decoder(cfg: ModelConfig, seed: int = 0) -> Decoder:
-    g = torch.Generator().manual_seed(seed)
-    model = Decoder(cfg).initialise(g).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() == 1:
-                p.add_(torch.randn(p.shape, generator=g) * 0.3)
-    return model
 
 
 @pytest.mark.parametrize("case", CASES)
