@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -135,20 +136,22 @@ def notes(out: Path) -> list[str]:
 
 
 def examples(out: Path, summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """Ten rows with the exported file's answers: the first of each split in each language, and a wrong one."""
+    """Ten rows with the exported file's answers, spread over splits and languages: two wrong ones where there are."""
     rows = read_answers(out, summary["targets"][0] if summary["targets"] else "student")
-    chosen: list[dict[str, Any]] = []
-    for wanted_exact in (False, True):
-        seen: set[tuple[str, str]] = set()
-        for r in rows:
-            key = (r["split"], r["language"])
-            room = 2 if not wanted_exact else EXAMPLES - len(chosen)
-            if r["exact"] == wanted_exact and key not in seen and room > 0 and len(chosen) < EXAMPLES:
-                if not wanted_exact and len(chosen) >= 2:
-                    break
-                seen.add(key)
-                chosen.append(r)
-    return sorted(chosen, key=lambda r: not r["exact"])
+    right, wrong = (_spread([r for r in rows if r["exact"] == exact]) for exact in (True, False))
+    shown = right[: EXAMPLES - min(2, len(wrong))]
+    return [*shown, *wrong[: EXAMPLES - len(shown)]]
+
+
+def _spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows reordered: the first of each split and language, then the second of each, and so on."""
+    seen: Counter[tuple[str, str]] = Counter()
+    turns = []
+    for r in rows:
+        key = (r["split"], r["language"])
+        turns.append((seen[key], r))
+        seen[key] += 1
+    return [r for _, r in sorted(turns, key=lambda t: t[0])]
 
 
 def claim(summary: dict[str, Any]) -> str:

@@ -6,6 +6,8 @@ Holds also what a student's stage shares with it: running the loop on a corpus a
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,14 @@ from gori import checkpoint, evaluate
 from gori.artifact import Manifest, content_hash, make
 from gori.calls import END, PAD
 from gori.corpus import Corpus, epochs, hashes
+from gori.data import Conversation
 from gori.errors import GoriError
 from gori.induction import start_with_induction
 from gori.model import Decoder, ModelConfig, parameter_count
 from gori.parallel import cores
 from gori.recipe import Shape, Teacher, Train
 from gori.teacher.train import Loss, Progress, TrainBatch, TrainSettings, fit
+from gori.teacher.workers import split
 from gori.tokenizer import Tokenizer, copy_files
 
 DEV_ROWS = 200
@@ -82,7 +86,11 @@ def run_loop(
     end = tokenizer.id(END)
 
     def on_dev(m: Decoder) -> dict[str, float]:
-        scored = evaluate.score(rows, evaluate.batched(m, end), tokenizer, corpus.functions)
+        def answer(part: Sequence[Conversation]) -> list[evaluate.Scored]:
+            return evaluate.score(part, evaluate.batched(m, end), tokenizer, corpus.functions)
+
+        with ThreadPoolExecutor(threads) as pool:
+            scored = [s for part in pool.map(answer, split(rows, threads)) for s in part]
         return {"dev_exact": evaluate.summary(scored)["exact"]}
 
     state = training_state(out)

@@ -122,9 +122,7 @@ def fit(
             done.tokens += sum(len(e.ids) for e in rows)
             last = done.step == settings.steps
             if last or (settings.evaluate_every and done.step % settings.evaluate_every == 0):
-                torch.set_num_threads(workers)
                 entry |= evaluate(model.eval())
-                torch.set_num_threads(1)
                 model.train()
             done.log.append({"step": done.step, **entry})
             done.seconds = time.monotonic() - began
