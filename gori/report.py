@@ -121,8 +121,17 @@ def lineage(out: Path, summary: dict[str, Any]) -> list[dict[str, Any]]:
         if (out / name / MANIFEST).exists():
             body = read_manifest(out / name)
             size = sum(f["bytes"] for f in body["files"].values())
-            rows.append({"name": name, "size": size, "seconds": summary["seconds"].get(name, 0.0), **body})
+            seconds = summary["seconds"].get(name, 0.0)
+            rows.append({**body, "directory": name, "made_of": _made_of(name, body), "size": size, "seconds": seconds})
     return rows
+
+
+def _made_of(name: str, manifest: dict[str, Any]) -> str:
+    """The stages whose contents a manifest names as inputs."""
+    if name.startswith(("quantize", "export")):
+        return "distill" if name.startswith("quantize") else "quantize"
+    stages = [s for s in ("teacher", "tokenizer") if s in manifest["inputs"]]
+    return ", ".join([*stages, "data"]) if name != "data" else ""
 
 
 def notes(out: Path) -> list[str]:

@@ -149,7 +149,7 @@ def cut_and_continue(tiny: Path, tmp_path: Path, stage: str) -> None:
     while process.poll() is None and not any((out / m).exists() for m in marks):
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)  # its children end by themselves
-    process.wait()
+    process.communicate()
     assert process.returncode == -signal.SIGKILL, f"{stage} was over before the kill"
     time.sleep(1.5)
     assert not (out / stage / "manifest.json").exists()
