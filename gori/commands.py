@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich import box
 from rich.table import Table
 
 from gori import console
@@ -55,11 +56,17 @@ def _run(recipe: Any, out: Path, until: str, dry_run: bool, as_json: bool) -> No
 def summary_table(summary: dict[str, Any]) -> Table:
     """Exact call match of every model on every split, each language, with bytes."""
     splits = list(next(iter(summary["accuracy"].values())))
-    table = Table(title=f"{summary['name']}: exact calls, % (ko / en)", title_justify="left")
-    table.add_column("model")
-    table.add_column("bytes", justify="right")
+    table = Table(
+        title=f"{summary['name']}: exact calls, %; below ko/en",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+    )
+    table.add_column("model", no_wrap=True)
+    table.add_column("bytes", justify="right", no_wrap=True)
     for s in splits:
-        table.add_column(s, justify="right")
+        table.add_column(s, justify="right", no_wrap=True)
     for model, by_split in summary["accuracy"].items():
         cells = [_cell(by_split[s]) for s in splits]
         table.add_row(model, f"{summary['bytes'][model]:,}", *cells)
@@ -68,7 +75,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
 
 def _cell(entry: dict[str, Any]) -> str:
     languages = [f"{entry[k] * 100:.0f}" for k in ("ko", "en") if k in entry]
-    return f"{entry['exact'] * 100:.1f}" + (f" ({' / '.join(languages)})" if len(languages) > 1 else "")
+    return f"{entry['exact'] * 100:.1f}" + (f"\n{'/'.join(languages)}" if len(languages) > 1 else "")
 
 
 @click.command(epilog="Example: gori init mine --data calls.jsonl")

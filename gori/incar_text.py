@@ -34,6 +34,8 @@ PARTICLES = {
     "이라는": "라는",
     "이면": "면",
 }
+SPOKEN_OFTEN = 8
+"""How often a number with a word of its own is drawn again, against one draw of each other number."""
 DIGIT_READINGS = "영일이삼사오육칠팔구"
 SINO = ("", "일", "이", "삼", "사", "오", "육", "칠", "팔", "구")
 NATIVE = ("", "한", "두", "세", "네", "다섯", "여섯", "일곱", "여덟", "아홉")
@@ -388,7 +390,9 @@ def closed_choices(param: dict[str, Any], spec: dict[str, Any], language: str) -
     """The values of a closed parameter with their surface forms in one language."""
     if "num" in param:
         numbers = spec["numbers"][param["num"]]
-        return [(value, number_forms(value, numbers, language)) for value in number_values(numbers)]
+        choices = [(value, number_forms(value, numbers, language)) for value in number_values(numbers)]
+        often = [c for c in choices if c[0] in numbers.get("extra", {})]
+        return choices + often * SPOKEN_OFTEN  # half a window is asked for more often than 70 percent of one
     if "clock" in param:
         return clock_forms(language)
     lexicon = spec["lexicons"].get(param.get("enum") or param.get("flag"), {})
