@@ -10,7 +10,8 @@ from torch import Tensor
 
 from gori import checkpoint
 from gori.artifact import Manifest, content_hash, make
-from gori.corpus import Corpus, epochs, hashes
+from gori.corpus import Corpus, hashes
+from gori.data import encode
 from gori.distill.initialise import from_teacher
 from gori.distill.losses import check_terms, distillation_loss
 from gori.errors import GoriError
@@ -116,5 +117,4 @@ def _train(
 
 def calibration(corpus: Corpus, tokenizer: Tokenizer) -> list[Tensor]:
     """Token ids of some training rows, one row a tensor."""
-    examples = epochs(corpus.train[:CALIBRATION_ROWS], tokenizer, 1 << 30, 0, 0.0)(0)
-    return [torch.tensor([e.ids]) for e in examples]
+    return [torch.tensor([encode(c, tokenizer).ids]) for c in corpus.train[:CALIBRATION_ROWS]]

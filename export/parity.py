@@ -158,13 +158,8 @@ def noisy_logits(model: Decoder, prompt: Prompt, seed: int) -> Tensor:
             hook.remove()
 
 
-def noise_floor(model: Decoder, prompts: Sequence[Prompt], seeds: Sequence[int] = SEEDS) -> Gap:
-    """The eager model against itself with noise; each field is the worst over seeds."""
-    want = [eager_logits(model, p) for p in prompts]
-    return _worst([[noisy_logits(model, p, seed) for p in prompts] for seed in seeds], want)
-
-
 def _worst(noisy: list[list[Tensor]], want: list[Tensor]) -> Gap:
+    """The noise floor: the eager model against itself with noise, each field the worst over the runs."""
     gaps = [gap(torch.cat(run), torch.cat(want)) for run in noisy]
     worst: dict[str, Any] = {f.name: max(getattr(g, f.name) for g in gaps) for f in fields(Gap)}
     worst["top1"] = min(g.top1 for g in gaps)

@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -262,10 +262,6 @@ def gate(name: str, value: float, bound: float, *, at_least: bool) -> dict[str, 
     """A verdict for the manifest: the value, the bound and whether it is met."""
     met = value >= bound if at_least else value <= bound
     return {"name": name, "value": value, "bound": bound, "at_least": at_least, "met": bool(met)}
-
-
-def input_hashes(paths: Mapping[str, Path]) -> dict[str, str]:
-    return {label: content_hash(p) for label, p in paths.items()}
 
 
 def make(out: Path, manifest: Manifest, build: Callable[[Path], None]) -> bool:

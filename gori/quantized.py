@@ -7,7 +7,7 @@ first; `<weight>.scale` float16 `[out, groups]`. `quantization.json` says bits, 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +148,6 @@ def apply(model: Decoder, tensors: dict[str, QuantizedTensor], spec: Quantizatio
 
     A tied head that is not shared becomes an `lm_head` of its own, and `cfg.tied` false.
     """
-    import dataclasses
-
     for name in spec.tensors:
         if name in (EMBEDDING, HEAD):
             continue
@@ -161,7 +159,7 @@ def apply(model: Decoder, tensors: dict[str, QuantizedTensor], spec: Quantizatio
     if not spec.shared_head and model.cfg.tied:
         head = nn.Linear(model.cfg.hidden_size, model.cfg.vocab_size, bias=False, device="meta")
         head.weight = nn.Parameter(model.embed_tokens.weight.detach().clone())  # type: ignore[union-attr,operator]
-        model.lm_head, model.cfg = head, dataclasses.replace(model.cfg, tied=False)
+        model.lm_head, model.cfg = head, replace(model.cfg, tied=False)
     if EMBEDDING in spec.tensors:
         model.embed_tokens = QuantizedEmbedding(tensors[EMBEDDING], spec.head_activation_bits)
     if HEAD in spec.tensors:
