@@ -24,12 +24,19 @@ from gori.tokenizer import Tokenizer
 CALIBRATION_ROWS = 256
 
 
-def divergence_loss(teacher: Decoder, weights: dict[str, float], temperature: float) -> Loss:
-    """The weighted distillation terms at the answers' positions; the teacher runs without gradient."""
+def divergence_loss(teacher: Decoder, weights: dict[str, float], temperature: float, until: float = 1.0) -> Loss:
+    """The weighted distillation terms at the answers' positions; the teacher runs without gradient.
+
+    From the share `until` of the steps on, the true answers alone: a student that has caught up with its teacher learns
+    nothing more from it (early-stopped distillation: Cho and Hariharan, arXiv 1910.01348, section 4).
+    """
     teacher.requires_grad_(False)
+    alone = answer_loss(0.0)
     needs_teacher = any(w for k, w in weights.items() if k != "ce")
 
     def loss(model: Decoder, batch: TrainBatch) -> tuple[Tensor, dict[str, float]]:
+        if batch.progress >= until:
+            return alone(model, batch)
         hidden = batch.answer_hidden(model)
         taught = teacher_head = None
         if needs_teacher:
@@ -70,7 +77,8 @@ def train_control(
     """The same student, steps, batches and rates on the true answers alone, from `distill.control`'s first weights."""
     assert distill.control != "none"
     control = distill.model_copy(update={"losses": {"ce": 1.0}, "init": distill.control})
-    settings = {"student": student.model_dump(), **control.model_dump(exclude={"control", "temperature"})}
+    of_the_teacher = {"control", "temperature", "teacher_until"}
+    settings = {"student": student.model_dump(), **control.model_dump(exclude=of_the_teacher)}
     return _train("control", settings, student, control, control.init, teacher_dir, corpus, tokenizer_dir, seed, out)
 
 
@@ -104,8 +112,10 @@ def _train(
             report = {"from": "teacher", **from_teacher(model, teacher, calibration(corpus, tokenizer), distill.layers)}
         if teacher:
             teacher.to(device())
-        plain = teacher is None or set(distill.losses) == {"ce"}
-        loss = answer_loss(0.0) if plain else divergence_loss(teacher, distill.losses, distill.temperature)  # type: ignore[arg-type]
+        plain = set(distill.losses) == {"ce"}
+        loss = answer_loss(0.0)
+        if teacher and not plain:
+            loss = divergence_loss(teacher, distill.losses, distill.temperature, distill.teacher_until)
         done = run_loop(model.to(device()), corpus, tokenizer, loss, distill.train, seed + 1, out, manifest.fingerprint)
         share = {"share_of_teacher": parameter_count(model) / parameter_count(teacher)} if teacher else {}
         write_trained(tmp, model, tokenizer_dir, done, manifest, initialised=report, **share)

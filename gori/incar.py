@@ -13,7 +13,6 @@ drawn and divided into splits that do not leak. What a test file shows and train
 
 import itertools
 import json
-import os
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -39,7 +38,8 @@ from gori.incar_text import (
 )
 
 TEST_SPLITS = ("template", "value", "combination", "noisy", "none")
-NONE_SHARE, TWO_SHARE, NOISE_SHARE, HELD_LINES, HELD_PAIRS, HELD_ORDERS = 0.06, 0.08, 0.2, 0.18, 0.12, 0.1
+NONE_SHARE, TWO_SHARE, TRAINING_TWO_SHARE, NOISE_SHARE = 0.06, 0.08, 0.2, 0.2
+HELD_LINES, HELD_PAIRS, HELD_ORDERS = 0.18, 0.12, 0.1
 JOINERS = {
     "ko": (" 그리고 ", ", 그리고 ", " 그다음에 "),
     "en": (" and ", " and ", " and then ", ", and ", ", then ", " and also "),
@@ -210,12 +210,16 @@ class Sampler:
         }
         self.pool = [name for name, function in car.functions.items() for _ in range(round(10 * function.weight))]
 
-    def any(self, language: str) -> Draft | None:
-        """A row as training has it; None where a draw did not succeed."""
+    def any(self, language: str, two_share: float = TWO_SHARE) -> Draft | None:
+        """A request of any kind or none; None where a draw did not succeed."""
         kind = self.rng.random()
         if kind < NONE_SHARE:
             return self.none(language)
-        return self.two(language) if kind < NONE_SHARE + TWO_SHARE else self.single(language)
+        return self.two(language) if kind < NONE_SHARE + two_share else self.single(language)
+
+    def training(self, language: str) -> Draft | None:
+        """Two requests more often than drivers have them: how they part is learned from these rows alone."""
+        return self.any(language, TRAINING_TWO_SHARE)
 
     def served(self, language: str) -> Draft | None:
         return self.two(language) if self.rng.random() < TWO_SHARE else self.single(language)
@@ -377,7 +381,7 @@ def corpus(seed: int, train: int = 30000, dev: int = 400, test: int = 300) -> di
     different utterances.
     """
     made = Corpus(seed)
-    made.remember(made.fill("train", train, Sampler.any, NOISE_SHARE))
+    made.remember(made.fill("train", train, Sampler.training, NOISE_SHARE))
     made.fill("dev", dev, Sampler.any, NOISE_SHARE)
     made.fill("template", test, Sampler.served, held_lines=True)
     made.fill("value", test, made.unseen_values)
@@ -389,12 +393,8 @@ def corpus(seed: int, train: int = 30000, dev: int = 400, test: int = 300) -> di
 
 def write(out: Path, seed: int, train: int = 30000, dev: int = 400, test: int = 300) -> None:
     """Write `tools.json` and one JSON Lines file per split into `out`. Same arguments, same bytes."""
-    splits = corpus(seed, train, dev, test)
-    lines = {name: [json.dumps(entry, ensure_ascii=False) for entry in rows] for name, rows in splits.items()}
-    texts = {f"{name}.jsonl": "".join(line + "\n" for line in rows) for name, rows in lines.items()}
-    texts["tools.json"] = json.dumps(tools(), ensure_ascii=False, indent=1) + "\n"
     out.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        part = out / (name + ".part")
-        part.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(part, out / name)
+    (out / "tools.json").write_text(json.dumps(tools(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    for name, rows in corpus(seed, train, dev, test).items():
+        text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in rows)
+        (out / f"{name}.jsonl").write_text(text, encoding="utf-8", newline="\n")

@@ -104,6 +104,8 @@ class Distill(Section):
     losses: dict[str, float] = {"forward_kl": 1.0}
     """Weights of forward_kl, reverse_kl, jsd, ce."""
     temperature: float = Field(default=1.0, gt=0)
+    teacher_until: float = Field(default=1.0, gt=0, le=1)
+    """Share of the steps with these losses; after it the true answers alone, which pays where the student overtakes."""
     train: Train = Train()
     control: Literal["none", "random", "teacher"] = "random"
     """A control run with the same steps on the true answers alone (ce), from these first weights; none: no control."""

@@ -61,6 +61,8 @@ class TrainBatch:
     ids_BT: Tensor
     loss_BT: Tensor
     valid_BT: Tensor
+    progress: float = 0.0
+    """Share of the run's steps that are done."""
 
     @property
     def targets(self) -> Tensor:
@@ -86,9 +88,9 @@ class Progress:
     threads: int = 1
 
 
-def to_tensors(examples: Sequence[Example], pad: int, device: torch.device) -> TrainBatch:
+def to_tensors(examples: Sequence[Example], pad: int, device: torch.device, progress: float = 0.0) -> TrainBatch:
     b = collate(examples, pad)
-    return TrainBatch(*(torch.from_numpy(a).to(device) for a in (b.ids, b.loss, b.valid)))
+    return TrainBatch(*(torch.from_numpy(a).to(device) for a in (b.ids, b.loss, b.valid)), progress)
 
 
 def fit(
@@ -116,7 +118,8 @@ def fit(
     with console.steps(label, settings.steps) as bar, _workers(model, workers, settings.compile) as team:
         while done.step < settings.steps:
             rows = next(stream)
-            parts = [to_tensors(part, pad, device) for part in split(rows, team.count)]
+            progress = done.step / settings.steps
+            parts = [to_tensors(part, pad, device, progress) for part in split(rows, team.count)]
             entry = _step(model, team, parts, loss, opts, settings, done.step)
             done.step += 1
             done.tokens += sum(len(e.ids) for e in rows)

@@ -178,7 +178,8 @@ def test_training_has_every_function_in_both_languages_and_the_planned_shares(ro
     assert set(count) == {(name, language) for name in TOOLS for language in (0, 1)}
     lengths = Counter(len(calls(row)) for row in rows["train"])
     assert 0.045 < lengths[0] / len(rows["train"]) < 0.085
-    assert 0.06 < lengths[2] / len(rows["train"]) < 0.1
+    assert 0.13 < lengths[2] / len(rows["train"]) < 0.22
+    assert sum(len(calls(row)) == 2 for row in rows["noisy"]) < 0.2 * len(rows["noisy"])
     assert set(lengths) == {0, 1, 2}
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from decoders import random_decoder
 from gori import checkpoint
 from gori.errors import GoriError
-from gori.model import KVCache, ModelConfig, RopeScaling
+from gori.model import KVCache, ModelConfig, RMSNorm, RopeScaling
 
 LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=64)
 
@@ -140,6 +140,22 @@ def test_the_balance_loss_is_one_when_every_expert_is_used_alike_and_ignores_pad
     assert whole is not None
     assert moe.balance_loss is not None
     assert moe.balance_loss.item() == pytest.approx(whole.item())
+
+
+@pytest.mark.parametrize("shape", [(5, 16), (2, 3, 4, 8)], ids=str)
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 300.0])  # below, at and above what eps = 1e-6 hides
+def test_a_norms_gradient_in_closed_form_is_torchs(shape: tuple[int, ...], scale: float) -> None:
+    g = torch.Generator().manual_seed(3)
+    x, along = (torch.randn(shape, generator=g) * scale for _ in range(2))
+    norm = RMSNorm(shape[-1], 1e-6)
+    torch.nn.init.normal_(norm.weight, 1.0, 0.5, generator=g)
+    got = torch.autograd.grad(norm(x.requires_grad_()), [x, norm.weight], along)
+    x64, w64 = x.detach().double().requires_grad_(), norm.weight.detach().double().requires_grad_()
+    plain = torch.nn.functional.rms_norm(x64, shape[-1:], w64, 1e-6)
+    torch.testing.assert_close(norm(x).double(), plain, atol=0, rtol=1e-5)
+    for mine, theirs in zip(got, torch.autograd.grad(plain, [x64, w64], along.double()), strict=True):
+        # float32 against float64: an entry is a difference of numbers as large as the gradient's largest
+        torch.testing.assert_close(mine.double(), theirs, atol=1e-5 * theirs.abs().max().item(), rtol=1e-5)
 
 
 BROKEN = {

@@ -67,7 +67,7 @@ def cut_at(loss: Loss, call: int) -> Loss:
 
 def distilling() -> Loss:
     teacher = Decoder(MOE).initialise(torch.Generator().manual_seed(5)).eval()
-    return divergence_loss(teacher, {"forward_kl": 0.5, "ce": 0.5}, 1.0)
+    return divergence_loss(teacher, {"forward_kl": 0.5, "ce": 0.5}, 1.0, until=0.7)
 
 
 CASES: dict[str, tuple[ModelConfig, Callable[[], Loss]]] = {
@@ -189,3 +189,10 @@ def test_two_workers_find_the_gradient_of_one(cfg: ModelConfig, toy_corpus: Corp
     for one, two in zip(gradient(1), gradient(2), strict=True):
         torch.testing.assert_close(two, one, atol=1e-6, rtol=1e-4)  # float32 sums in another order
     assert all(torch.equal(a, b) for a, b in zip(gradient(2), gradient(2), strict=True))
+
+
+def test_the_teacher_is_heard_up_to_its_share_of_the_steps_and_no_longer(
+    run: Callable[..., tuple[Decoder, Progress]],
+) -> None:
+    _, done = run(new(DENSE), distilling(), "heard")  # 12 steps, 0.7 of them are 8.4
+    assert ["forward_kl" in entry for entry in done.log] == [True] * 9 + [False] * 3
