@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gori.errors import GoriError
-from gori.model import MLP, Block, Decoder, MoE, RMSNorm
+from gori.model import MLP, Block, Decoder, MoE
+from gori.norm import RMSNorm
 
 
 @dataclass(frozen=True)

@@ -120,9 +120,7 @@ def _train(
         share = {"share_of_teacher": parameter_count(model) / parameter_count(teacher)} if teacher else {}
         write_trained(tmp, model, tokenizer_dir, done, manifest, initialised=report, **share)
 
-    ran = make(out, manifest, build)
-    training_state(out).unlink(missing_ok=True)
-    return ran
+    return make(out, manifest, build, scratch=training_state(out))
 
 
 def calibration(corpus: Corpus, tokenizer: Tokenizer) -> list[Tensor]:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from gori.errors import GoriError
-from gori.model import Decoder, RMSNorm
+from gori.model import Decoder
+from gori.norm import RMSNorm
 from gori.runtime.session import Session
 
 Prompt = Sequence[int]

@@ -264,16 +264,37 @@ def gate(name: str, value: float, bound: float, *, at_least: bool) -> dict[str, 
     return {"name": name, "value": value, "bound": bound, "at_least": at_least, "met": bool(met)}
 
 
-def make(out: Path, manifest: Manifest, build: Callable[[Path], None]) -> bool:
+_planned: list[bool] | None = None
+
+
+@contextmanager
+def planning() -> Iterator[list[bool]]:
+    """Inside, `make` makes nothing: it notes in the list whether each artifact asked for would be made."""
+    global _planned
+    _planned = []
+    try:
+        yield _planned
+    finally:
+        _planned = None
+
+
+def make(out: Path, manifest: Manifest, build: Callable[[Path], None], scratch: Path | None = None) -> bool:
     """Run a stage unless `out` already holds what it would write; returns whether it ran.
 
     `build(tmp)` writes the files into a temporary directory and fills the manifest's metrics, gates and notes.
+    `scratch` is a file that only an unfinished run needs; it is removed once `out` is whole.
     """
-    recover(out)
-    if is_current(out, manifest.fingerprint):
-        console.log(f"{manifest.stage} {manifest.name}: unchanged, skipped ({out})")
+    if _planned is not None:
+        _planned.append(not is_current(out, manifest.fingerprint))
         return False
-    with writing(out) as tmp:
-        build(tmp)
-        manifest.write(tmp)
-    return True
+    recover(out)
+    current = is_current(out, manifest.fingerprint)
+    if current:
+        console.log(f"{manifest.stage} {manifest.name}: unchanged, skipped ({out})")
+    else:
+        with writing(out) as tmp:
+            build(tmp)
+            manifest.write(tmp)
+    if scratch:
+        scratch.unlink(missing_ok=True)
+    return not current

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gori import console, corpus
-from gori.artifact import MANIFEST, Manifest, content_hash, is_current, make, read_manifest, write_json
+from gori.artifact import Manifest, content_hash, make, planning, write_json
 from gori.errors import GateError, GoriError
 from gori.gates import check as check_gates
 from gori.gates import verdicts
@@ -294,18 +294,32 @@ def _job(recipe: Recipe, out: Path, stage: str) -> None:
     RUNNERS[stage](Run(recipe, out))
 
 
+DOES_NOT_READ = {"control": {"distill"}, "quantize": {"control"}, "export": {"control"}}
+"""Stage → those before it whose outcome it does not read; any other is read, directly or not."""
+
+
 def plan(run: Run, until: str) -> Iterator[tuple[str, str]]:
-    """What each stage would do, as far as can be told before an earlier one has run."""
-    changed = False
+    """What each stage would do: settings and inputs are compared as the stage itself does, without making anything."""
+    will_run: set[str] = set()
     for stage in STAGES[: STAGES.index(until) + 1]:
-        directory = run.out / (stage if stage != "export" else "export/executorch")
-        if stage in ("evaluate", "report"):
-            yield stage, "runs" if changed else "runs where a model changed"
-        elif (directory / MANIFEST).exists() and not changed:
-            body = read_manifest(directory)
-            whole = is_current(directory, body["fingerprint"])
-            yield stage, "is there, skipped if its settings are unchanged" if whole else "files changed: runs again"
-            changed = not whole
+        if stage == "report":
+            yield stage, "runs"
+        elif stage == "teacher" and run.recipe.teacher.path:
+            yield stage, f"{run.recipe.teacher.path}, taken as it is"
+        elif stage == "control" and run.recipe.distill.control == "none":
+            yield stage, "not asked for"
+        elif will_run - DOES_NOT_READ.get(stage, set()):
+            will_run.add(stage)
+            yield stage, "runs if what it reads comes out another"
+        elif _would_run(run, stage):
+            will_run.add(stage)
+            cut = (run.out / f".{stage}.training.pt").exists()
+            yield stage, "runs, from its checkpoint if that is of these settings" if cut else "runs"
         else:
-            changed = True
-            yield stage, "continues from its checkpoint" if (run.out / f".{stage}.training.pt").exists() else "runs"
+            yield stage, "unchanged, skipped"
+
+
+def _would_run(run: Run, stage: str) -> bool:
+    with planning() as made:
+        RUNNERS[stage](run)
+    return any(made)

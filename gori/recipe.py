@@ -50,6 +50,7 @@ class Train(Section):
     final_lr: float = Field(default=0.0, ge=0, le=1)
     clip: float = Field(default=1.0, gt=0)
     muon_steps: int = Field(default=5, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     evaluate_every: int = Field(default=0, ge=0)
     swap_values: float = Field(default=0.0, ge=0, le=1)
     """Share of rows whose string values are swapped, in utterance and call, for other values of the same argument."""
@@ -116,7 +117,8 @@ class Quantize(Section):
     """The scheme that is exported."""
     embedding: str | None = None
     """The embedding table's scheme; null: the linear scheme's bits and groups."""
-    method: Literal["rtn"] = "rtn"
+    method: Literal["rtn", "mse"] = "rtn"
+    """Round-to-nearest with scales that hold each group's largest weight, or that have the least squared error."""
     compare: list[str] = []
     """Further schemes that are made and evaluated, not exported."""
 
@@ -163,6 +165,7 @@ def load(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
         raise GoriError(f"recipe {path} is not YAML: {' '.join(str(e).split())}") from e
     if not isinstance(body, dict):
         raise GoriError(f"recipe {path} must be a mapping of sections, got {type(body).__name__}")
+    body = _unshared(body)
     _resolve_paths(body, Path(path).parent)
     for override in overrides:
         _override(body, override)
@@ -177,6 +180,13 @@ def parse(body: dict[str, Any], source: str) -> Recipe:
         raise GoriError(f"{source}: {_sentence(e)}") from e
     _check_data(recipe.data, source)
     return recipe
+
+
+def _unshared(part: Any) -> Any:
+    """Sections of their own where YAML's aliases (`train: *same`) made one, so that an override reaches one alone."""
+    if isinstance(part, dict):
+        return {k: _unshared(v) for k, v in part.items()}
+    return [_unshared(v) for v in part] if isinstance(part, list) else part
 
 
 def _resolve_paths(body: dict[str, Any], base: Path) -> None:

@@ -23,7 +23,12 @@ from gori.quantize.schemes import ALIASES, EMBEDDINGS, SCHEMES
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--scheme", required=True, help="How weights and activations are held, as in w4a8-g32.")
 @click.option("--embedding", help="The embedding table's scheme; default: the linear scheme's bits and groups.")
-@click.option("--method", type=click.Choice(["rtn"]), default="rtn", help="How the integers are chosen.")
+@click.option(
+    "--method",
+    type=click.Choice(["rtn", "mse"]),
+    default="rtn",
+    help="Each group's scale: the one that holds its largest weight (rtn) or that has the least squared error (mse).",
+)
 @out_option
 @json_option
 def quantize(checkpoint: Path, scheme: str, embedding: str | None, method: str, out: Path, as_json: bool) -> None:

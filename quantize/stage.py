@@ -24,7 +24,7 @@ def quantize(checkpoint_dir: Path, scheme_name: str, embedding: str | None, meth
 
     def build(tmp: Path) -> None:
         model = checkpoint.load(checkpoint_dir)
-        tensors, spec = rtn(model, scheme_name, embedding)
+        tensors, spec = rtn(model, scheme_name, embedding, method)
         quantized.save(model, tensors, spec, tmp)
         copy_files(checkpoint_dir, tmp)
         floats = sum(p.numel() for n, p in model.named_parameters() if checkpoint.to_hf_name(n) not in spec.tensors)

@@ -155,9 +155,7 @@ def train_teacher(section: Teacher, corpus: Corpus, tokenizer_dir: Path, seed: i
         done = run_loop(model, corpus, tokenizer, loss, section.train, seed, out, manifest.fingerprint)
         write_trained(tmp, model, tokenizer_dir, done, manifest, expert_load=_loads(done))
 
-    ran = make(out, manifest, build)
-    training_state(out).unlink(missing_ok=True)
-    return ran
+    return make(out, manifest, build, scratch=training_state(out))
 
 
 def _loads(done: Progress) -> dict[str, float]:

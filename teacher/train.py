@@ -46,6 +46,8 @@ class TrainSettings:
     clip: float = 1.0
     """Largest gradient norm."""
     muon_steps: int = 5
+    dropout: float = 0.0
+    """Share of what a block adds to the residual stream that is left out; pays over many epochs of few rows."""
     evaluate_every: int = 0
     """Steps between evaluations on dev; 0: only at the end."""
     checkpoint_every_s: float = 20.0
@@ -63,6 +65,8 @@ class TrainBatch:
     valid_BT: Tensor
     progress: float = 0.0
     """Share of the run's steps that are done."""
+    noise: int = 0
+    """Seed of this batch's dropout."""
 
     @property
     def targets(self) -> Tensor:
@@ -88,9 +92,9 @@ class Progress:
     threads: int = 1
 
 
-def to_tensors(examples: Sequence[Example], pad: int, device: torch.device, progress: float = 0.0) -> TrainBatch:
+def to_tensors(examples: Sequence[Example], pad: int, device: torch.device, **more: Any) -> TrainBatch:
     b = collate(examples, pad)
-    return TrainBatch(*(torch.from_numpy(a).to(device) for a in (b.ids, b.loss, b.valid)), progress)
+    return TrainBatch(*(torch.from_numpy(a).to(device) for a in (b.ids, b.loss, b.valid)), **more)
 
 
 def fit(
@@ -112,14 +116,17 @@ def fit(
     device = next(model.parameters()).device
     opts = optimizers(model, settings.muon_lr, settings.adam_lr, settings.weight_decay, muon_steps=settings.muon_steps)
     done = _resume(state, fingerprint, model, opts)
-    done.threads = workers
+    done.threads, model.dropout.p = workers, settings.dropout
     stream = batches(epoch_examples, settings.batch_tokens, seed, first_step=done.step)
     began, saved = time.monotonic() - done.seconds, time.monotonic()
     with console.steps(label, settings.steps) as bar, _workers(model, workers, settings.compile) as team:
         while done.step < settings.steps:
             rows = next(stream)
-            progress = done.step / settings.steps
-            parts = [to_tensors(part, pad, device, progress) for part in split(rows, team.count)]
+            progress, noise = done.step / settings.steps, (seed + 1) * 1_000_003 + done.step * team.count
+            parts = [
+                to_tensors(part, pad, device, progress=progress, noise=noise + i)
+                for i, part in enumerate(split(rows, team.count))
+            ]
             entry = _step(model, team, parts, loss, opts, settings, done.step)
             done.step += 1
             done.tokens += sum(len(e.ids) for e in rows)
@@ -172,6 +179,7 @@ def _step(
 
     def with_autocast(replica: Decoder, part: TrainBatch) -> tuple[Tensor, dict[str, float]]:
         device = part.ids_BT.device.type
+        replica.dropout.seed(part.noise, part.ids_BT.device)
         with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
             return loss(replica, part)
 

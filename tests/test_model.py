@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from decoders import random_decoder
 from gori import checkpoint
 from gori.errors import GoriError
-from gori.model import KVCache, ModelConfig, RMSNorm, RopeScaling
+from gori.model import KVCache, ModelConfig, RopeScaling
+from gori.norm import RMSNorm
 
 LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=64)
 

@@ -18,7 +18,7 @@ import yaml
 from gori import incar, recipe
 from gori.artifact import hash_files, read_manifest
 from gori.errors import GoriError
-from gori.pipeline import run_recipe
+from gori.pipeline import Run, plan, run_recipe
 from gori.report import claim
 
 SHAPE = {"layers": 2, "hidden_size": 32, "heads": 2, "kv_heads": 2, "head_dim": 16, "intermediate_size": 32}
@@ -102,6 +102,34 @@ def test_a_second_run_does_nothing_again(tiny: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in (tiny / "out").rglob("manifest.json")}
     run_recipe(recipe.load(tiny / "recipe.yaml"), tiny / "out")
     assert {p: p.stat().st_mtime_ns for p in (tiny / "out").rglob("manifest.json")} == before
+
+
+PLANS = {
+    "": (),
+    "quantize.compare=[w4a8-channel]": ("quantize", "export", "evaluate"),
+    "distill.train.steps=13": ("distill", "control", "quantize", "export", "evaluate"),
+    "distill.temperature=2.0": ("distill", "quantize", "export", "evaluate"),
+    "export=[{target: executorch, context: 64}]": ("export", "evaluate"),
+    "teacher.balance=0.02": ("teacher", "distill", "control", "quantize", "export", "evaluate"),
+}
+"""Changed setting → the stages that may run: the first of them does, those behind it where it comes out another."""
+
+
+@pytest.mark.parametrize("override", PLANS)
+def test_a_dry_run_says_which_stages_a_changed_setting_makes_anew_and_makes_nothing(override: str, tiny: Path) -> None:
+    before = hash_files(tiny / "out")
+    checkpoint = tiny / "out/.teacher.training.pt"
+    checkpoint.write_bytes(b"of a run that was cut")
+    try:
+        loaded = recipe.load(tiny / "recipe.yaml", (override,) if override else ())
+        states = dict(plan(Run(loaded, tiny / "out"), "report"))
+        assert checkpoint.exists()
+    finally:
+        checkpoint.unlink()
+    assert tuple(s for s, state in states.items() if state.startswith("runs")) == (*PLANS[override], "report")
+    assert all("comes out another" in states[s] for s in PLANS[override][1:] if s != "control")
+    assert ("from its checkpoint" in states["teacher"]) == ("teacher" in PLANS[override])
+    assert hash_files(tiny / "out") == before
 
 
 def test_the_report_is_one_page_without_network_or_script(tiny: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from gori import checkpoint, quantized
 from gori.errors import GoriError
 from gori.model import Decoder, ModelConfig
-from gori.quantize.rtn import portable, round_to_nearest, rtn
+from gori.quantize.rtn import METHODS, portable, round_to_nearest, rtn
 from gori.quantize.schemes import ALIASES, EMBEDDINGS, SCHEMES, canonical, embedding_scheme, matching_embedding, scheme
 from gori.quantize.stage import quantize
 from gori.quantized import EMBEDDING, HEAD, TensorScheme, pack_int4, quantize_activations, unpack_int4
@@ -65,6 +65,30 @@ def test_a_groups_largest_weight_loses_at_most_what_the_half_step_range_and_the_
     # a bfloat16 scale is off by 2^-9 of itself, which the largest integer multiplies
     slack = t.scale.repeat_interleave(8, dim=1) * 2.0 ** (bits - 1) * 2.0**-8
     assert ((w - t.dequantize()).abs() <= half_step + slack).all()
+
+
+@given(st.integers(0, 999), st.sampled_from([4, 8]), st.floats(-3, 3))
+def test_searched_scales_have_the_least_squared_error_of_those_tried(seed: int, bits: int, log_size: float) -> None:
+    w = weights(seed, 3, 32, log_size)
+    s = TensorScheme(bits, 8, 16)
+
+    def errors(factors: tuple[float, ...]) -> Tensor:
+        return (w - round_to_nearest(w, s, "w", factors).dequantize()).square().view(3, 4, 8).sum(-1)
+
+    each = torch.stack([errors((f,)) for f in METHODS["mse"]])
+    torch.testing.assert_close(errors(METHODS["mse"]), each.amin(0), atol=0, rtol=1e-6)
+
+
+def test_searched_scales_lose_less_of_normal_weights_in_4_bits_and_the_method_is_recorded(tmp_path: Path) -> None:
+    model = decoder()
+    lost = {}
+    for method in METHODS:
+        tensors, spec = rtn(model, "w4a16-g32", method=method)
+        assert spec.method == method
+        name, t = next(iter(tensors.items()))
+        w = model.get_parameter(name.removeprefix("model.")).detach()
+        lost[method] = float((w - t.dequantize()).square().mean())
+    assert lost["mse"] < 0.9 * lost["rtn"]  # 12 to 15 % less for groups of 32 normal weights
 
 
 @given(st.floats(0, 1e6, width=32) | st.floats(0, 2.0**-10, width=32))

@@ -134,3 +134,10 @@ def test_a_recipe_that_is_dumped_and_read_is_the_same() -> None:
 def test_the_demo_is_the_in_car_example() -> None:
     root = Path(__file__).parents[1]
     assert (root / "gori/demo.yaml").read_bytes() == (root / "examples/incar/recipe.yaml").read_bytes()
+
+
+def test_an_override_reaches_one_of_two_sections_that_a_yaml_alias_made_one(tmp_path: Path) -> None:
+    text = "name: x\ndata: {builtin: incar}\nteacher: {train: &same {steps: 5}}\ndistill: {train: *same}\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    recipe = load(tmp_path / "recipe.yaml", ("distill.train.steps=7",))
+    assert (recipe.teacher.train.steps, recipe.distill.train.steps) == (5, 7)

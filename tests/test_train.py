@@ -77,18 +77,20 @@ CASES: dict[str, tuple[ModelConfig, Callable[[], Loss]]] = {
 }
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_that_was_cut_twice_ends_at_the_same_weights_and_log(
     case: str,
+    dropout: float,
     run: Callable[..., tuple[Decoder, Progress]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     cfg, loss = CASES[case]
-    whole, done = run(new(cfg), loss(), "whole")
+    whole, done = run(new(cfg), loss(), "whole", dropout=dropout)
     for call in (5, 4):  # calls are counted anew: 4 steps are done, then 3 more
         with pytest.raises(CutError):
-            run(new(cfg), cut_at(loss(), call), "cut")
-    again, redone = run(new(cfg), loss(), "cut")
+            run(new(cfg), cut_at(loss(), call), "cut", dropout=dropout)
+    again, redone = run(new(cfg), loss(), "cut", dropout=dropout)
     err = capsys.readouterr().err
     assert "continuing at step 4" in err
     assert "continuing at step 7" in err
@@ -196,3 +198,31 @@ def test_the_teacher_is_heard_up_to_its_share_of_the_steps_and_no_longer(
 ) -> None:
     _, done = run(new(DENSE), distilling(), "heard")  # 12 steps, 0.7 of them are 8.4
     assert ["forward_kl" in entry for entry in done.log] == [True] * 9 + [False] * 3
+
+
+def test_dropout_leaves_out_its_share_keeps_the_mean_and_draws_anew_at_each_step_and_part() -> None:
+    model = new(DENSE)
+    drop, x = model.dropout, torch.ones(200, 300)
+    drop.p = 0.25
+
+    def masked(seed: int) -> Tensor:
+        drop.seed(seed, x.device)
+        return drop(x)
+
+    y = masked(1)
+    # 60,000 draws: a standard error of 0.0018
+    assert (y == 0).float().mean().item() == pytest.approx(0.25, abs=0.008)
+    assert y.mean().item() == pytest.approx(1.0, abs=0.011)
+    assert torch.equal(y, masked(1))
+    assert not torch.equal(y, masked(2))
+    assert torch.equal(drop.eval()(x), x)
+
+
+def test_dropout_changes_what_is_learned_and_nothing_of_an_evaluation(
+    run: Callable[..., tuple[Decoder, Progress]],
+) -> None:
+    plain, _ = run(new(DENSE), answer_loss(0.0), "plain")
+    dropped, _ = run(new(DENSE), answer_loss(0.0), "dropped", dropout=0.2)
+    assert not torch.equal(plain.embed_tokens.weight, dropped.embed_tokens.weight)  # type: ignore[arg-type]
+    ids = torch.randint(0, 360, (2, 9), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(dropped(ids), dropped(ids))
