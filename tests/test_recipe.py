@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from gori.errors import GoriError
+from gori.pipeline import check
 from gori.recipe import Recipe, load
 
 MINIMAL = "name: mine\ndata: {train: a.jsonl, dev: b.jsonl, test: [c.jsonl, d.jsonl], tools: t.json}\n"
@@ -134,6 +135,15 @@ def test_a_recipe_that_is_dumped_and_read_is_the_same() -> None:
 def test_the_demo_is_the_in_car_example() -> None:
     root = Path(__file__).parents[1]
     assert (root / "gori/demo.yaml").read_bytes() == (root / "examples/incar/recipe.yaml").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["recipe", "long"])
+def test_the_snips_recipes_need_only_their_files_and_nothing_a_later_stage_refuses(name: str) -> None:
+    path = Path(__file__).parents[1] / f"examples/snips/{name}.yaml"
+    with pytest.raises(GoriError, match=r"data\.train is missing"):
+        load(path)
+    files = {"train": "train.jsonl", "dev": "dev.jsonl", "test": "dev.jsonl", "tools": "tools.json"}
+    check(load(path, tuple(f"data.{k}={v}" for k, v in files.items())))
 
 
 def test_an_override_reaches_one_of_two_sections_that_a_yaml_alias_made_one(tmp_path: Path) -> None:
