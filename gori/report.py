@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,8 +55,8 @@ def write_report(out: Path, summary: dict[str, Any], recipe: Recipe) -> None:
         lineage=lineage(out, summary),
         splits=list(next(iter(summary["accuracy"].values()))),
         plots=[
-            plot("Loss on the answers (each run's own loss)", logs, "loss", smooth=True),
-            plot("Exact calls on dev rows while training", logs, "dev_exact", smooth=False),
+            plot("Loss on the answers (each run's own loss, logarithmic)", logs, "loss", is_loss=True),
+            plot("Exact calls on dev rows while training", logs, "dev_exact", is_loss=False),
         ],
         examples=examples(out, summary),
         notes=notes(out),
@@ -70,18 +71,22 @@ def read_log(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def plot(title: str, logs: dict[str, list[dict[str, Any]]], key: str, smooth: bool) -> Plot:
-    """Curves of one logged figure over steps; the loss is smoothed by an exponential mean over about 20 steps."""
+def plot(title: str, logs: dict[str, list[dict[str, Any]]], key: str, is_loss: bool) -> Plot:
+    """Curves of one logged figure over steps. A loss is smoothed by an exponential mean over about 20 steps and drawn
+    on a logarithmic axis: it falls by two orders of magnitude, and the last halving decides over many calls."""
     series = {n: [(e["step"], e[key]) for e in rows if key in e] for n, rows in logs.items()}
-    series = {n: _smooth(s) if smooth else s for n, s in series.items() if s}
+    series = {n: _smooth(s) if is_loss else s for n, s in series.items() if s}
     if not series:
         return Plot(title, [], [], [])
     last = max(s[-1][0] for s in series.values())
-    top = max(v for s in series.values() for _, v in s) or 1.0
+    values = [v for s in series.values() for _, v in s]
+    top = max(values) or 1.0
+    low = max(min(values), 1e-4 * top) if is_loss else 0.0
 
     def at(step: float, value: float) -> tuple[float, float]:
         x = LEFT + (WIDTH - LEFT - 70) * step / last
-        return round(x, 1), round(HEIGHT - BOTTOM - (HEIGHT - BOTTOM - 10) * value / top, 1)
+        share = math.log(max(value, low) / low) / math.log(top / low) if 0 < low < top else value / top
+        return round(x, 1), round(HEIGHT - BOTTOM - (HEIGHT - BOTTOM - 10) * share, 1)
 
     curves = []
     for name, s in series.items():
@@ -89,7 +94,8 @@ def plot(title: str, logs: dict[str, list[dict[str, Any]]], key: str, smooth: bo
         text = " ".join(f"{x},{y}" for x, y in points)
         curves.append(Curve(name, COLOURS[name], text, points[-1][0] + 4, points[-1][1] + 4))
     x_ticks = [(at(last * i / 4, 0)[0], f"{last * i // 4}") for i in range(5)]
-    y_ticks = [(at(0, top * i / 4)[1], f"{top * i / 4:.2f}") for i in range(5)]
+    marks = [low * (top / low) ** (i / 4) if low else top * i / 4 for i in range(5)]
+    y_ticks = [(at(0, v)[1], f"{v:.2g}" if is_loss else f"{v:.2f}") for v in marks]
     return Plot(title, _apart(curves), x_ticks, y_ticks)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from gori import incar, recipe
 from gori.artifact import hash_files, read_manifest
 from gori.errors import GoriError
 from gori.pipeline import Run, plan, run_recipe
-from gori.report import claim
+from gori.report import claim, plot
 
 SHAPE = {"layers": 2, "hidden_size": 32, "heads": 2, "kv_heads": 2, "head_dim": 16, "intermediate_size": 32}
 TRAIN = {"steps": 12, "batch_tokens": 256, "checkpoint_every_s": 0, "evaluate_every": 6}
@@ -140,6 +141,23 @@ def test_the_report_is_one_page_without_network_or_script(tiny: Path) -> None:
         assert f"<td>{model}" in page
     assert page.count('class="example') == 10
     assert page.count("<polyline") == 6  # loss and dev score of three runs
+
+
+def test_a_loss_is_drawn_by_its_logarithm_and_a_score_as_it_is() -> None:
+    losses = [{"step": i, "loss": 10 ** (1 - i / 200), "dev_exact": i / 400} for i in range(1, 401)]  # 10 to 0.1
+    loss, score = (plot("", {"teacher": losses}, key, key == "loss") for key in ("loss", "dev_exact"))
+
+    def heights(of: Any) -> list[float]:
+        return [float(p.split(",")[1]) for p in of.curves[0].points.split()]
+
+    for falls in (heights(loss)[100:], [-y for y in heights(score)]):  # a smoothed exponential is one too, soon
+        steps = [b - a for a, b in itertools.pairwise(falls)]
+        assert max(steps) - min(steps) < 0.25  # a straight line, to the tenth of a pixel and what is left of the start
+    assert [float(t) for _, t in loss.y_ticks] == pytest.approx(
+        [0.12 * (9.9 / 0.12) ** (i / 4) for i in range(5)], rel=0.15
+    )
+    flat = plot("", {"teacher": [{"step": 1, "loss": 0.5}]}, "loss", True)
+    assert "nan" not in flat.curves[0].points
 
 
 def test_a_claim_needs_a_difference_larger_than_chance() -> None:
