@@ -24,7 +24,7 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         y, scale, weight = ctx.saved_tensors
         D = y.shape[-1]
-        along = (grad * y).view(-1, D)
+        along = (grad * y).reshape(-1, D)
         mean = (along @ weight.to(along.dtype)).div_(-D).view(*y.shape[:-1], 1)
         grad_x = (grad * weight).to(y.dtype).addcmul_(y, mean).mul_(scale)
         return grad_x, along.sum(0).to(weight.dtype), None

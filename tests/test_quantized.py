@@ -6,7 +6,9 @@ import dataclasses
 import json
 import warnings
 from pathlib import Path
+from typing import get_args
 
+import click
 import pytest
 import torch
 from hypothesis import given
@@ -16,10 +18,12 @@ from torch import Tensor
 from gori import checkpoint, quantized
 from gori.errors import GoriError
 from gori.model import Decoder, ModelConfig
+from gori.quantize.commands import quantize as command
 from gori.quantize.rtn import METHODS, portable, round_to_nearest, rtn
 from gori.quantize.schemes import ALIASES, EMBEDDINGS, SCHEMES, canonical, embedding_scheme, matching_embedding, scheme
 from gori.quantize.stage import quantize
 from gori.quantized import EMBEDDING, HEAD, TensorScheme, pack_int4, quantize_activations, unpack_int4
+from gori.recipe import Quantize
 
 CONFIG = ModelConfig(
     kind="qwen2", vocab_size=40, hidden_size=128, layers=2, heads=4, kv_heads=2, head_dim=32, intermediate_size=128,
@@ -89,6 +93,12 @@ def test_searched_scales_lose_less_of_normal_weights_in_4_bits_and_the_method_is
         w = model.get_parameter(name.removeprefix("model.")).detach()
         lost[method] = float((w - t.dequantize()).square().mean())
     assert lost["mse"] < 0.9 * lost["rtn"]  # 12 to 15 % less for groups of 32 normal weights
+
+
+def test_recipe_and_command_offer_the_methods_that_there_are() -> None:
+    (option,) = (p for p in command.params if p.name == "method")
+    assert isinstance(option.type, click.Choice)
+    assert get_args(Quantize.model_fields["method"].annotation) == tuple(option.type.choices) == tuple(METHODS)
 
 
 @given(st.floats(0, 1e6, width=32) | st.floats(0, 2.0**-10, width=32))
