@@ -50,10 +50,15 @@ def write_recipe(directory: Path, **changes: Any) -> Path:
     return directory / "recipe.yaml"
 
 
-def gori(*arguments: str | Path) -> subprocess.Popen[str]:
+def gori(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "gori", *map(str, arguments)]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, **environment},
     )
 
 
@@ -187,17 +192,44 @@ def test_a_second_run_in_the_same_directory_is_refused_while_one_works(tiny: Pat
     assert "another gori run works in" in err
 
 
+CUT = """
+import os, signal, sys
+
+stage = os.environ["CUT_STAGE"]
+saved = 0
+
+def cut(event, arguments):
+    global saved
+    if event == "open" and isinstance(arguments[0], str) and f"/.{stage}.writing/" in arguments[0]:
+        pass  # the stage writes its first file
+    elif event == "os.rename" and str(arguments[1]).endswith(f"/.{stage}.training.pt") and saved < 2:
+        saved += 1
+        if saved < 2:  # the second checkpoint is about to replace the first
+            return
+    else:
+        return
+    os.kill(os.getpgid(0), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(cut)
+"""
+"""Loaded by every Python process of a run (sitecustomize): kills the run and itself in the middle of a stage, however
+short that is. Other processes of the run end by themselves."""
+
+
 def cut_and_continue(tiny: Path, tmp_path: Path, stage: str) -> None:
-    """Kill a run with all its processes as soon as `stage` has begun to write, continue it, compare every byte."""
-    out = tmp_path / "out"
-    marks = (f".{stage}.training.pt", f"{stage}/../.{Path(stage).name}.writing")
-    process = gori("run", tiny / "recipe.yaml", "--out", out)
-    while process.poll() is None and not any((out / m).exists() for m in marks):
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)  # its children end by themselves
-    process.communicate()
+    """Kill a run in the middle of `stage`, continue it, compare every byte with a run that was never cut."""
+    out, hook = tmp_path / "out", tmp_path / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(CUT)
+    process = gori(
+        "run", tiny / "recipe.yaml", "--out", out, PYTHONPATH=str(hook), CUT_STAGE=Path(stage).name
+    )  # fmt: skip
+    process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL, f"{stage} was over before the kill"
     time.sleep(1.5)
+    marks = (out / f".{stage}.training.pt", (out / stage).parent / f".{Path(stage).name}.writing")
+    assert any(m.exists() for m in marks)
     assert not (out / stage / "manifest.json").exists()
     finish(gori("run", tiny / "recipe.yaml", "--out", out))
     assert made_files(out) == made_files(tiny / "out")
