@@ -92,9 +92,12 @@ class Progress:
     threads: int = 1
 
 
-def to_tensors(examples: Sequence[Example], pad: int, device: torch.device, **more: Any) -> TrainBatch:
+def to_tensors(
+    examples: Sequence[Example], pad: int, device: torch.device, progress: float = 0.0, noise: int = 0
+) -> TrainBatch:
     b = collate(examples, pad)
-    return TrainBatch(*(torch.from_numpy(a).to(device) for a in (b.ids, b.loss, b.valid)), **more)
+    ids, loss, valid = (torch.from_numpy(a).to(device) for a in (b.ids, b.loss, b.valid))
+    return TrainBatch(ids, loss, valid, progress, noise)
 
 
 def fit(
