@@ -310,7 +310,7 @@ def plan(run: Run, until: str) -> Iterator[tuple[str, str]]:
             yield stage, "not asked for"
         elif will_run - DOES_NOT_READ.get(stage, set()):
             will_run.add(stage)
-            yield stage, "runs if what it reads comes out another"
+            yield stage, "runs if what it reads comes out another" if (run.out / stage).exists() else "runs"
         elif _would_run(run, stage):
             will_run.add(stage)
             cut = (run.out / f".{stage}.training.pt").exists()

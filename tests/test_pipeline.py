@@ -133,6 +133,8 @@ def test_a_dry_run_says_which_stages_a_changed_setting_makes_anew_and_makes_noth
     finally:
         checkpoint.unlink()
     assert tuple(s for s, state in states.items() if state.startswith("runs")) == (*PLANS[override], "report")
+    fresh = dict(plan(Run(loaded, tiny / "nowhere"), "report"))
+    assert set(fresh.values()) == {"runs"}
     assert all("comes out another" in states[s] for s in PLANS[override][1:] if s != "control")
     assert ("from its checkpoint" in states["teacher"]) == ("teacher" in PLANS[override])
     assert hash_files(tiny / "out") == before
