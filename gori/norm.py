@@ -10,8 +10,8 @@ from torch.autograd.function import once_differentiable
 
 
 class _Norm(torch.autograd.Function):
-    """x / rms(x) * weight with the gradient in closed form: a quarter of the time that autograd takes over the six
-    operations, and a norm is a sixth of a small decoder's training step on a CPU."""
+    """x / rms(x) * weight with the gradient in closed form: alone in a loop a quarter of autograd's time over the six
+    operations (docs/training.md has what a whole step gains)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
