@@ -112,9 +112,8 @@ def _train(
             report = {"from": "teacher", **from_teacher(model, teacher, calibration(corpus, tokenizer), distill.layers)}
         if teacher:
             teacher.to(device())
-        plain = set(distill.losses) == {"ce"}
         loss = answer_loss(0.0)
-        if teacher and not plain:
+        if teacher and set(distill.losses) != {"ce"}:
             loss = divergence_loss(teacher, distill.losses, distill.temperature, distill.teacher_until)
         done = run_loop(model.to(device()), corpus, tokenizer, loss, distill.train, seed + 1, out, manifest.fingerprint)
         share = {"share_of_teacher": parameter_count(model) / parameter_count(teacher)} if teacher else {}

@@ -47,5 +47,5 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
-            return _Norm.apply(x, self.weight, self.eps)  # type: ignore[no-any-return]
+            return _Norm.apply(x, self.weight, self.eps)
         return self.weight * normed(x, self.eps)[0].to(x.dtype)

@@ -47,7 +47,7 @@ class TrainSettings:
     """Largest gradient norm."""
     muon_steps: int = 5
     dropout: float = 0.0
-    """Share of what a block adds to the residual stream that is left out; pays over many epochs of few rows."""
+    """Share of what a block adds to the residual stream that is left out (docs/training.md: no gain was seen yet)."""
     evaluate_every: int = 0
     """Steps between evaluations on dev; 0: only at the end."""
     checkpoint_every_s: float = 20.0

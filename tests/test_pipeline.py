@@ -202,16 +202,12 @@ saved = 0
 
 def cut(event, arguments):
     global saved
-    if event == "open" and isinstance(arguments[0], str) and f"/.{stage}.writing/" in arguments[0]:
-        pass  # the stage writes its first file
-    elif event == "os.rename" and str(arguments[1]).endswith(f"/.{stage}.training.pt") and saved < 2:
-        saved += 1
-        if saved < 2:  # the second checkpoint is about to replace the first
-            return
-    else:
-        return
-    os.kill(os.getpgid(0), signal.SIGKILL)
-    os.kill(os.getpid(), signal.SIGKILL)
+    first_file = event == "open" and isinstance(arguments[0], str) and f"/.{stage}.writing/" in arguments[0]
+    checkpoint = event == "os.rename" and str(arguments[1]).endswith(f"/.{stage}.training.pt")
+    saved += checkpoint
+    if first_file or (checkpoint and saved == 2):  # the second is about to replace the first; os.kill is an event too
+        os.kill(os.getpgid(0), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 sys.addaudithook(cut)
 """
@@ -224,9 +220,7 @@ def cut_and_continue(tiny: Path, tmp_path: Path, stage: str) -> None:
     out, hook = tmp_path / "out", tmp_path / "hook"
     hook.mkdir()
     (hook / "sitecustomize.py").write_text(CUT)
-    process = gori(
-        "run", tiny / "recipe.yaml", "--out", out, PYTHONPATH=str(hook), CUT_STAGE=Path(stage).name
-    )  # fmt: skip
+    process = gori("run", tiny / "recipe.yaml", "--out", out, PYTHONPATH=str(hook), CUT_STAGE=Path(stage).name)
     process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL, f"{stage} was over before the kill"
     time.sleep(1.5)
