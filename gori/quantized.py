@@ -93,6 +93,26 @@ def quantize_activations(x: Tensor) -> Tensor:
     return ((x * (1.0 / scale)).round() + zero).clamp(-128, 127).sub(zero) * scale
 
 
+def round_q8_0(x: Tensor) -> Tensor:
+    """Round float32 `[..., D]` to symmetric int8 in blocks of 32 with float16 scales and back, as llama.cpp does to the
+    input of every product with Q4_0 and Q8_0 weights (ggml's `quantize_row_q8_0`)."""
+    blocks = x.unflatten(-1, (-1, 32))
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    q = (blocks * torch.where(scale > 0, 1 / scale, 0)).round()
+    return (q * scale.half().float()).flatten(-2)
+
+
+ROUNDINGS = ("scheme", "none", "q8_0")
+"""How an engine rounds a quantized linear's input: as the scheme says, not at all, or in llama.cpp's blocks."""
+
+
+def round_input(x: Tensor, activation_bits: int, rounding: str) -> Tensor:
+    """The input of a quantized linear as an engine sees it; `rounding` is one of ROUNDINGS."""
+    if rounding == "q8_0":
+        return round_q8_0(x)
+    return quantize_activations(x) if rounding == "scheme" and activation_bits == 8 else x
+
+
 class QuantizedLinear(nn.Module):
     """A linear layer that computes with a QuantizedTensor's dequantized integers (and rounded inputs)."""
 
@@ -103,14 +123,14 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, t: QuantizedTensor, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.scheme = t.scheme
+        self.scheme, self.rounding = t.scheme, "scheme"
         self.register_buffer("q", t.q)
         self.register_buffer("scale", t.scale)
         self.register_buffer("weight", t.dequantize(), persistent=False)
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(quantize_activations(x) if self.scheme.activation_bits == 8 else x, self.weight, self.bias)
+        return F.linear(round_input(x, self.scheme.activation_bits, self.rounding), self.weight, self.bias)
 
 
 class QuantizedEmbedding(nn.Module):
@@ -122,7 +142,7 @@ class QuantizedEmbedding(nn.Module):
 
     def __init__(self, t: QuantizedTensor, head_activation_bits: int = 16) -> None:
         super().__init__()
-        self.scheme, self.head_activation_bits = t.scheme, head_activation_bits
+        self.scheme, self.head_activation_bits, self.rounding = t.scheme, head_activation_bits, "scheme"
         self.register_buffer("q", t.q)
         self.register_buffer("scale", t.scale)
         self.register_buffer("weight", t.dequantize(), persistent=False)
@@ -131,7 +151,7 @@ class QuantizedEmbedding(nn.Module):
         return F.embedding(ids, self.weight)
 
     def as_head(self, hidden: Tensor) -> Tensor:
-        return F.linear(quantize_activations(hidden) if self.head_activation_bits == 8 else hidden, self.weight)
+        return F.linear(round_input(hidden, self.head_activation_bits, self.rounding), self.weight)
 
 
 def quantizable(model: Decoder) -> dict[str, nn.Linear]:
@@ -213,12 +233,17 @@ def _read_tensor(raw: dict[str, Tensor], name: str, scheme: TensorScheme, direct
     return QuantizedTensor(q, scale, scheme)
 
 
-def load(directory: Path) -> Decoder:
-    """A decoder from a float or quantized folder; the quantized one computes with its stored integers."""
+def load(directory: Path, rounding: str = "scheme") -> Decoder:
+    """A decoder from a float or quantized folder; the quantized one computes with its stored integers, and rounds the
+    inputs of quantized linears as `rounding`, one of ROUNDINGS, says."""
     directory = Path(directory)
     if not is_quantized(directory):
         return checkpoint.load(directory)
     cfg = checkpoint.read_config(directory)
     spec, tensors, raw = read(directory)
     floats = raw | {k: t.dequantize() for k, t in tensors.items()}
-    return apply(checkpoint.load_tensors(cfg, floats, directory, torch.float32), tensors, spec)
+    model = apply(checkpoint.load_tensors(cfg, floats, directory, torch.float32), tensors, spec)
+    for m in model.modules():
+        if isinstance(m, (QuantizedLinear, QuantizedEmbedding)):
+            m.rounding = rounding
+    return model

@@ -37,6 +37,10 @@ class SessionInfo:
     threads: int
     file_bytes: int
     """Bytes of the weights' file."""
+    log_probabilities: bool = False
+    """The engine gives log-probabilities in place of logits: the same up to a constant at each position."""
+    stand_in: bool = False
+    """What runs is not the engine that the file is for, but something that computes the same graph here."""
 
 
 @dataclass(frozen=True)

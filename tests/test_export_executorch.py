@@ -5,7 +5,6 @@ An export takes seconds, so each case is exported once for the file; the cases c
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -17,38 +16,16 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from decoders import random_decoder
 from gori import checkpoint, quantized
 from gori.errors import GoriError
 from gori.export import executorch as target
 from gori.export import parity
 from gori.export.commands import export_command
-from gori.model import ModelConfig, RopeScaling
-from gori.quantize.rtn import round_to_nearest, rtn
+from gori.quantize.rtn import round_to_nearest
 from gori.quantize.schemes import SCHEMES
 from gori.quantized import EMBEDDING, HEAD
 from gori.runtime.session import Snapshot, open_session
-
-CONTEXT, CHUNK = 48, 16
-LLAMA = ModelConfig(
-    kind="llama", vocab_size=200, hidden_size=128, layers=1, heads=4, kv_heads=2, head_dim=32, intermediate_size=128,
-    max_position=64, init_std=0.1,
-)  # fmt: skip
-LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=32)
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    cfg: ModelConfig
-    scheme: str
-    embedding: str | None = None
-    others: dict[str, str] = dataclasses.field(default_factory=dict)
-    """End of a module's name → a scheme of its own."""
-
-
-def of(kind: str, **changes: object) -> ModelConfig:
-    return dataclasses.replace(LLAMA, kind=kind, **changes)  # type: ignore[arg-type]
-
+from students import CHUNK, CONTEXT, LLAMA, LLAMA3, Case, of, write_checkpoint
 
 CASES = {
     "llama, shared table, rope scaling": Case(of("llama", rope_scaling=LLAMA3), "w4a8-g32"),
@@ -58,24 +35,6 @@ CASES = {
     ),
     "qwen2 float": Case(of("qwen2"), "float"),
 }
-
-
-def write_checkpoint(case: Case, out: Path) -> Path:
-    out.mkdir(parents=True)
-    model = random_decoder(case.cfg)
-    if case.scheme == "float":
-        checkpoint.save(model, out)
-    else:
-        tensors, spec = rtn(model, case.scheme, case.embedding)
-        for end, scheme in case.others.items():
-            for name in [n for n in tensors if n.endswith(f"{end}.weight")]:
-                weight = checkpoint.hf_tensors(model)[name]
-                tensors[name] = round_to_nearest(weight, SCHEMES[scheme])
-                spec.tensors[name] = SCHEMES[scheme]
-        quantized.save(model, tensors, spec, out)
-    (out / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": [2, 3]}))
-    (out / "tools.json").write_text("[]")
-    return out
 
 
 Exported = Callable[[str], tuple[Path, Path]]

@@ -1,0 +1,81 @@
+"""What a written file holds, as its reader found it, and whether that is what was to be carried. NumPy alone.
+
+Every format's reader gives `{Hugging Face name: Found}`; the comparison, and the hash by which two files of one student
+are seen to hold the same integers, are here for all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gori.errors import GoriError
+
+
+@dataclass(frozen=True)
+class Found:
+    """A weight: integers with scales, or floats."""
+
+    bits: int
+    """4 or 8; 32 for float32, 16 for float16."""
+    weight: NDArray[Any]
+    """int8, float32 or float16, `[out, in]`."""
+    scale: NDArray[np.float32] | None = None
+    """float32 `[out, groups]`; None for a float weight."""
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale; 0 where a row has one."""
+        groups = 1 if self.scale is None else self.scale.shape[1]
+        return 0 if groups == 1 else self.weight.shape[1] // groups
+
+    def digest(self) -> str:
+        """Hex SHA-256 over bits, shape, integers (int8, row by row) and scales (little-endian float32)."""
+        head = json.dumps([self.bits, *self.weight.shape, self.group_size])
+        digest = hashlib.sha256(head.encode())
+        digest.update(np.ascontiguousarray(self.weight).tobytes())
+        if self.scale is not None:
+            digest.update(np.ascontiguousarray(self.scale, dtype="<f4").tobytes())
+        return digest.hexdigest()
+
+
+def difference(found: Found, want: Found) -> str:
+    """What differs, in words; empty if nothing does."""
+    if found.bits != want.bits or found.weight.shape != want.weight.shape:
+        got, asked = list(found.weight.shape), list(want.weight.shape)
+        return f"{found.bits} bits {got}, expected {want.bits} bits {asked}"
+    if not np.array_equal(found.weight, want.weight):
+        return f"{int((found.weight != want.weight).sum())} of {want.weight.size} values differ"
+    if want.scale is not None and (found.scale is None or not np.array_equal(found.scale, want.scale)):
+        return "scales differ"
+    return ""
+
+
+def compare(found: Mapping[str, Found], want: Mapping[str, Found], file: str) -> int:
+    """Every tensor of a file against those that it was to carry; the number compared.
+
+    Raises GoriError that names the first that differ, are missing or are too many.
+    """
+    if missing := sorted(set(want) - set(found)):
+        raise GoriError(
+            f"{file} lacks {len(missing)} of {len(want)} tensors, {missing[0]} among them: nothing was kept"
+        )
+    if spare := sorted(set(found) - set(want)):
+        raise GoriError(f"{file} holds {len(spare)} tensors that the checkpoint has not, {spare[0]} among them")
+    wrong = [f"{name} ({why})" for name in want if (why := difference(found[name], want[name]))]
+    if wrong:
+        raise GoriError(
+            f"{len(wrong)} of {len(want)} tensors in {file} are not the checkpoint's: {', '.join(wrong[:3])}"
+        )
+    return len(want)
+
+
+def digests(contents: Mapping[str, Found]) -> dict[str, str]:
+    """Weight → hash of its integers and scales; float weights are left out, formats keep them at different widths."""
+    return {name: f.digest() for name, f in sorted(contents.items()) if f.scale is not None}

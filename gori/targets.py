@@ -1,0 +1,166 @@
+"""The targets as data: what each writes, which engine runs it, what it needs and which schemes it holds.
+
+One table for `gori export`, `gori doctor`, the README and docs/targets.md. Knows nothing of how a file is made; the
+exporter and the reader of a target are named and imported when they are used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gori.errors import GoriError, nearest
+
+GROUPS = ("g32", "g64", "g128")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One row of TARGETS."""
+
+    name: str
+    file: str
+    """What the artifact's directory holds for the engine."""
+    engine: str
+    extra: str
+    """`pip install 'gori[extra]'` brings what exporting and checking need."""
+    packages: tuple[str, ...]
+    """Distributions whose versions an export records."""
+    writer: str
+    """Module with `write(weights, out, options) → metrics`."""
+    reader: str
+    """Module with `read(directory) → {weight: Found}`, which reads the file alone."""
+    opener: str
+    """`module:function` of (directory, threads) → Session: the engine itself, or what stands in for it here."""
+    linears: tuple[str, ...]
+    """Schemes of linear layers that the format holds."""
+    tables: tuple[str, ...]
+    """Schemes of the embedding table."""
+    activations: str
+    """How the engine rounds a quantized linear's input: `scheme` as the scheme says, `none` not at all, `q8_0`
+    llama.cpp's blocks of 32."""
+    arithmetic: str
+    """`float32` or `float16`."""
+    stand_in: str = ""
+    """Where the engine does not run on Linux: what was run in its place. Empty: the engine itself runs."""
+    docs: str = ""
+
+
+def spelled(*parts: str) -> tuple[str, ...]:
+    """Scheme names of bits-and-activations × granularities: `spelled("w4a8:channel,g32")`."""
+    return tuple(f"{b}-{g}" for part in parts for b, _, gs in [part.partition(":")] for g in gs.split(","))
+
+
+EVERY_TABLE = ("float", *spelled("w8:channel,g32,g64,g128", "w4:channel,g32,g64,g128"))
+
+TARGETS: dict[str, Target] = {
+    t.name: t
+    for t in (
+        Target(
+            name="executorch",
+            file="model.pte",
+            engine="ExecuTorch (XNNPACK)",
+            extra="executorch",
+            packages=("executorch",),
+            writer="gori.export.executorch",
+            reader="gori.export.executorch_read",
+            opener="gori.runtime.executorch:open_directory",
+            linears=spelled("w8a8:channel", "w4a8:channel,g32,g64,g128"),
+            tables=EVERY_TABLE,
+            activations="scheme",
+            arithmetic="float32",
+            docs="executorch.md",
+        ),
+        Target(
+            name="litert",
+            file="model.tflite",
+            engine="LiteRT",
+            extra="litert",
+            packages=("ai-edge-litert", "litert-lm-builder", "litert-lm-api"),
+            writer="gori.export.litert",
+            reader="gori.export.litert_read",
+            opener="gori.runtime.litert:open_directory",
+            linears=spelled("w8a8:channel", "w4a8:channel,g32,g64,g128"),
+            tables=EVERY_TABLE,
+            activations="scheme",
+            arithmetic="float32",
+            docs="litert.md",
+        ),
+        Target(
+            name="tflite",
+            file="model.tflite",
+            engine="tflite-runtime 2.14",
+            extra="litert",
+            packages=("ai-edge-litert",),
+            writer="gori.export.tflite",
+            reader="gori.export.litert_read",
+            opener="gori.runtime.tflite:open_directory",
+            linears=spelled("w8a8:channel", "w8a16:channel"),
+            tables=("float", "w8-channel"),
+            activations="none",
+            arithmetic="float32",
+            docs="litert.md",
+        ),
+        Target(
+            name="coreml",
+            file="model.mlpackage",
+            engine="Core ML",
+            extra="coreml",
+            packages=("coremltools",),
+            writer="gori.export.coreml",
+            reader="gori.export.coreml_read",
+            opener="gori.export.coreml_run:open_directory",
+            linears=spelled(
+                "w8a8:channel", "w8a16:channel,g32,g64,g128", "w4a8:channel,g32,g64,g128", "w4a16:channel,g32,g64,g128"
+            ),
+            tables=EVERY_TABLE,
+            activations="none",
+            arithmetic="float16",
+            stand_in="an interpreter of the MIL program in NumPy: graph parity, not device",
+            docs="coreml.md",
+        ),
+        Target(
+            name="gguf",
+            file="model.gguf",
+            engine="llama.cpp",
+            extra="gguf",
+            packages=("gguf", "xllamacpp"),
+            writer="gori.export.gguf",
+            reader="gori.export.gguf_read",
+            opener="gori.runtime.gguf:open_directory",
+            linears=spelled(
+                "w8a8:channel,g32,g64,g128",
+                "w8a16:channel,g32,g64,g128",
+                "w4a8:channel,g32,g64,g128",
+                "w4a16:channel,g32,g64,g128",
+            ),
+            tables=EVERY_TABLE,
+            activations="q8_0",
+            arithmetic="float32",
+            docs="gguf.md",
+        ),
+        Target(
+            name="atom-max",
+            file="checkpoint",
+            engine="RBLN SDK on ATOM-Max",
+            extra="atom-max",
+            packages=(),
+            writer="gori.export.atom_max",
+            reader="gori.export.atom_max_read",
+            opener="gori.export.atom_max_run:open_directory",
+            linears=spelled("w8a16:channel", "w4a16:channel"),
+            tables=("float",),
+            activations="none",
+            arithmetic="float16",
+            stand_in="the static reference graphs in torch: estimates, not the device",
+            docs="atom-max.md",
+        ),
+    )
+}
+"""Target's name → its row. XNNPACK's partitioner takes no weight-only layer and block scales for 4 bits only."""
+
+
+def target(name: str) -> Target:
+    """A target's row; an unknown name is refused with the nearest."""
+    if name not in TARGETS:
+        raise GoriError(f"target {name!r} is unknown{nearest(name, TARGETS)}")
+    return TARGETS[name]
