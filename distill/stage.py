@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gori import checkpoint
-from gori.artifact import Manifest, content_hash, make
+from gori.artifact import Manifest, ancestry, content_hash, make
 from gori.corpus import Corpus, hashes
 from gori.data import encode
 from gori.distill.initialise import from_teacher
@@ -98,6 +98,8 @@ def _train(
     if init == "random" and set(distill.losses) == {"ce"}:
         inputs.pop("teacher")
     manifest = Manifest(stage, stage, seed, settings, inputs)
+    directories = {"tokenizer": tokenizer_dir, "teacher": teacher_dir}
+    manifest.lineage = ancestry({label: path for label, path in directories.items() if label in inputs})
     tokenizer = Tokenizer.load(tokenizer_dir)
 
     def build(tmp: Path) -> None:

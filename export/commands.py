@@ -1,10 +1,8 @@
-"""The command `gori export`: parse, call one exporter, print."""
+"""`gori export`, `gori verify`, `gori sign`: parse, call one function, print."""
 
 from __future__ import annotations
 
-import importlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +10,19 @@ import click
 
 from gori.console import result
 from gori.errors import GoriError
+from gori.options import json_option
+from gori.targets import TARGETS
 
-TARGETS = {"executorch": ("gori.export.executorch", "export_executorch")}
-"""Target → the module and function that write it; imported when asked for."""
+BACKENDS = ("xnnpack", "coreml", "vulkan", "openvino", "qnn")
 
 
-@click.command("export")
+@click.command(
+    "export",
+    epilog="Example: gori export student-w4 --target executorch --context 512 --out car.et  ·  "
+    "`gori quantize student --scheme w4a8-g32 --out student-w4` makes the checkpoint.",
+)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--target", type=click.Choice(sorted(TARGETS)), required=True, help="The runtime to export for.")
+@click.option("--target", type=click.Choice(list(TARGETS)), required=True, help="The runtime to export for.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to write.")
 @click.option("--context", type=int, help="Tokens the KV cache holds.  [default: the model's, 512 at most]")
 @click.option("--chunk", type=int, help="Tokens one call takes at most.  [default: 128, below the context]")
@@ -29,7 +32,8 @@ TARGETS = {"executorch": ("gori.export.executorch", "export_executorch")}
     help="Golden prompts that are run besides random ones: a file with a JSON list of token ids on each line.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random prompts.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--backend", type=click.Choice(BACKENDS), help="Of --target executorch.  [default: xnnpack]")
+@json_option
 def export_command(
     checkpoint: Path,
     target: str,
@@ -38,30 +42,31 @@ def export_command(
     chunk: int | None,
     prompts: Path | None,
     seed: int,
+    backend: str | None,
     as_json: bool,
 ) -> None:
-    """Carry a checkpoint's integers into a runtime's format and prove it by running the file.
+    """Carry a checkpoint's integers into a runtime's format and prove it by running the file."""
+    from gori.export.build import export
 
-    \b
-    Example:
-      gori quantize student --scheme w4a8-g32 --out student-w4
-      gori export student-w4 --target executorch --context 512 --out car.et
-    """
-    module, function = TARGETS[target]
-    export: Callable[..., dict[str, Any]] = getattr(importlib.import_module(module), function)
+    if backend and target != "executorch":
+        raise GoriError(f"--backend {backend} is of --target executorch, got --target {target}: leave it out")
     golden = read_prompts(prompts) if prompts else []
-    manifest = export(checkpoint, out, context=context, chunk=chunk, prompts=golden, seed=seed)
+    variant = None if backend == "xnnpack" else backend
+    manifest = export(target, checkpoint, out, context=context, chunk=chunk, prompts=golden, seed=seed, backend=variant)
     result({"out": str(out), **manifest["metrics"]}, as_json, summary(out, manifest["metrics"]))
 
 
 def summary(out: Path, metrics: dict[str, Any]) -> str:
     """Two lines for a reader."""
-    found = metrics["parity"]
+    head = (
+        f"{out}: {metrics['file_bytes']:,} bytes ({metrics['packed_bytes']:,} packed), "
+        f"{metrics['tensors_read_back']} tensors read back identical, {metrics['export_core_s']} core-seconds"
+    )
+    found = metrics.get("parity")
+    if found is None:
+        return f"{head}\nnot run: {metrics['not_run']}"
     return (
-        f"{out}: {metrics['pte_bytes']:,} bytes ({metrics['packed_bytes']:,} packed), "
-        f"{metrics['delegated_linears']}/{metrics['linears']} linears delegated, "
-        f"{metrics['export_core_s']} core-seconds\n"
-        f"KL to the checkpoint {found['engine']['kl_mean']:.2e} (noise floor {found['floor']['kl_mean']:.2e}), "
+        f"{head}\nKL to the checkpoint {found['engine']['kl_mean']:.2e} (noise floor {found['floor']['kl_mean']:.2e}), "
         f"same first choice on {found['engine']['top1']:.1%} of {found['engine']['positions']} positions"
     )
 
@@ -84,3 +89,35 @@ def read_prompts(path: Path) -> list[list[int]]:
             raise GoriError(f"{path} line {number} is {line[:40]!r}, expected a list of token ids such as [1, 7, 42]")
         found.append(ids)
     return found
+
+
+@click.command(
+    epilog="Example: gori verify demo/export  ·  a directory of artifacts gives one row each.",
+)
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--key", type=click.Path(path_type=Path), help="Public key (PEM): the signature is checked, too.")
+@click.option("--no-run", is_flag=True, help="Check files, integers and signature; run no engine.")
+@json_option
+def verify(directory: Path, key: Path | None, no_run: bool, as_json: bool) -> None:
+    """Check an exported artifact, or every one under DIRECTORY: hashes, integers, signature, golden outputs."""
+    from gori.export.verify import ledger, table, verify_all
+
+    rows = verify_all(directory, key, run=not no_run)
+    result(ledger(rows), as_json, table(rows))
+    refused = [r for r in rows if not r.ok]
+    if refused:
+        raise GoriError(f"{len(refused)} of {len(rows)} artifacts refused: {refused[0].problem}")
+
+
+@click.command(
+    epilog="Example: gori sign demo/export/executorch --key private.pem  ·  then verify with --key public.pem"
+)
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--key", required=True, help="Private key: a PEM file (ECDSA), or a PKCS#11 URI (pkcs11:…).")
+@json_option
+def sign(directory: Path, key: str, as_json: bool) -> None:
+    """Sign an exported artifact with a key file or a PKCS#11 token; offline, no service is asked."""
+    from gori.export.signing import sign_artifact
+
+    body = sign_artifact(directory, key)
+    result(body, as_json, f"{body['signature']}: {body['files']} files signed")

@@ -10,34 +10,17 @@ V vocabulary, G groups of a weight's row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import executorch.extension.llm.custom_ops.custom_ops  # registers llama::custom_sdpa and update_cache
 import executorch.kernels.quantized  # noqa: F401  registers quantized_decomposed::embedding_byte and embedding_4bit
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gori.model import ModelConfig, rope_frequencies
-from gori.quantized import EMBEDDING, HEAD, Quantization, QuantizedTensor
+from gori.export.weights import Weights
+from gori.model import rope_frequencies
+from gori.quantized import EMBEDDING, QuantizedTensor
 
 decomposed = torch.ops.quantized_decomposed
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What a checkpoint folder holds, under Hugging Face names."""
-
-    cfg: ModelConfig
-    integers: dict[str, QuantizedTensor]
-    floats: dict[str, Tensor]
-    spec: Quantization | None
-    """None for a float checkpoint."""
-
-    @property
-    def head_name(self) -> str:
-        """The tensor that makes logits: its own, or the embedding's that it shares."""
-        return HEAD if HEAD in self.integers or HEAD in self.floats else EMBEDDING
 
 
 def pack_embedding_int4(q_VD: Tensor) -> Tensor:
@@ -154,7 +137,7 @@ def project(x: Tensor, *linears: nn.Module) -> list[Tensor]:
 
 def linear(w: Weights, name: str) -> nn.Module:
     """The linear layer of a weight's name."""
-    bias = w.floats.get(f"{name.removesuffix('.weight')}.bias")
+    bias = w.bias(name)
     return Integers(w.integers[name], bias) if name in w.integers else Float(w.floats[name], bias)
 
 

@@ -1,30 +1,35 @@
-"""Takes integers and scales back out of a written .pte and compares them with the checkpoint's, tensor by tensor.
+"""Takes integers and scales back out of a written .pte.
 
 It reads the file alone: the program's flatbuffer, the XNNPACK graph of every delegate and the constants that these
-name. It knows how XNNPACK and `embedding_4bit` lay integers out, and shares no code with the writing side.
+name; config.json beside it only says how the linears are called. It knows how XNNPACK and `embedding_4bit` lay
+integers out, and shares no code with the writing side.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XNNHeader
-from executorch.exir._serialize._flatbuffer import _flatc_decompile
-from executorch.exir._serialize._program import PTEFile, deserialize_pte_binary
-from executorch.exir.schema import DelegateCall, ExecutionPlan, KernelCall
-from executorch.exir.schema import Tensor as TensorValue
 from torch import Tensor
 
+from gori.artifact import read_object
 from gori.errors import GoriError
-from gori.quantized import QuantizedTensor
+from gori.export.contents import Found
+from gori.export.executorch_warnings import upstream_warnings
 
+with upstream_warnings():
+    from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XNNHeader
+    from executorch.exir._serialize._flatbuffer import _flatc_decompile
+    from executorch.exir._serialize._program import PTEFile, deserialize_pte_binary
+    from executorch.exir.schema import DelegateCall, ExecutionPlan, KernelCall
+    from executorch.exir.schema import Tensor as TensorValue
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 XNNPACK = "XnnpackBackend"
 SERIALIZATION = "executorch.backends.xnnpack.serialization"
 TABLE_OPS = {
@@ -34,65 +39,39 @@ TABLE_OPS = {
 }
 
 
-@dataclass(frozen=True)
-class Found:
-    """A weight as the file holds it."""
+def read(directory: Path) -> dict[str, Found]:
+    """Weight → what model.pte holds. A tied head is in the file twice and has an entry of its own.
 
-    bits: int
-    """4, 8, or 32 for float32."""
-    weight: Tensor
-    """int8 or float32, `[out, in]`."""
-    scale: Tensor | None
-    """float32 `[out, groups]`; None for a float weight."""
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What a decoder's .pte computes with: the table and the linears in the order in which they run."""
-
-    table: Found
-    linears: list[Found]
+    Raises GoriError for a file that is not a decoder's program.
+    """
+    path = directory / "model.pte"
+    try:
+        table, linears = read_pte(path.read_bytes())
+    except GoriError:
+        raise
+    except Exception as e:  # a damaged flatbuffer fails anywhere in its reader
+        raise GoriError(f"{path} is not a .pte that can be read ({type(e).__name__}): export it again") from e
+    names = linear_names(directory)
+    if len(linears) != len(names):
+        raise GoriError(f"{path} holds {len(linears)} linear layers, config.json asks for {len(names)}")
+    return {EMBEDDING: table, **dict(zip(names, linears, strict=True))}
 
 
-def read_pte(pte: bytes) -> Contents:
-    """Parse a program that gori wrote."""
+def linear_names(directory: Path) -> list[str]:
+    """The linears of the decoder that config.json describes, in running order."""
+    body = read_object(directory / "config.json")
+    parts = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
+    return [f"model.layers.{i}.{p}.weight" for i in range(int(body["num_hidden_layers"])) for p in parts] + [HEAD]
+
+
+def read_pte(pte: bytes) -> tuple[Found, list[Found]]:
+    """The table, and the linears in the order in which they run."""
     file = deserialize_pte_binary(pte)
     plan = next(p for p in file.program.execution_plan if p.name == "forward")
     tables = [f for call in _kernel_calls(plan) for f in _table(file, plan, call)]
     if len(tables) != 1:
         raise GoriError(f"the .pte looks up {len(tables)} embedding tables, a decoder has one: export it again")
-    return Contents(tables[0], [f for blob in _delegates(file, plan) for f in _linears(file, blob)])
-
-
-def check_integers(pte: bytes, table: str, linears: list[str], want: Mapping[str, QuantizedTensor | Tensor]) -> int:
-    """Compare every weight of a .pte with the checkpoint's; the number compared.
-
-    `table` and `linears` name the table and, in running order, the linears; `want` has them by name, float tensors as
-    they are. Raises GoriError that names the first tensors that differ.
-    """
-    contents = read_pte(pte)
-    if len(contents.linears) != len(linears):
-        raise GoriError(f"the .pte holds {len(contents.linears)} linear layers, the checkpoint has {len(linears)}")
-    pairs = [(table, contents.table), *zip(linears, contents.linears, strict=True)]
-    wrong = [f"{name} ({why})" for name, found in pairs if (why := difference(found, want[name]))]
-    if wrong:
-        raise GoriError(
-            f"{len(wrong)} of {len(pairs)} tensors in the .pte are not the checkpoint's: {', '.join(wrong[:3])}"
-        )
-    return len(pairs)
-
-
-def difference(found: Found, want: QuantizedTensor | Tensor) -> str:
-    """What differs, in words; empty if nothing does."""
-    weight, scale = (want.q, want.scale) if isinstance(want, QuantizedTensor) else (want, None)
-    bits = want.scheme.bits if isinstance(want, QuantizedTensor) else 32
-    if found.bits != bits or found.weight.shape != weight.shape:
-        return f"{found.bits} bits {list(found.weight.shape)}, expected {bits} bits {list(weight.shape)}"
-    if not torch.equal(found.weight, weight):
-        return f"{int((found.weight != weight).sum())} of {weight.numel()} values differ"
-    if scale is not None and (found.scale is None or not torch.equal(found.scale, scale)):
-        return "scales differ"
-    return ""
+    return tables[0], [f for blob in _delegates(file, plan) for f in _linears(file, blob)]
 
 
 def _instructions(plan: ExecutionPlan) -> Iterator[Any]:
@@ -119,7 +98,11 @@ def _table(file: PTEFile, plan: ExecutionPlan, call: KernelCall) -> Iterator[Fou
     scale = None if bits == 32 else _constant(file, plan, call.args[1]).float()
     if bits == 4:
         weight = torch.stack((weight >> 4, weight & 0xF), dim=-1).flatten(-2).to(torch.int8) - 8
-    yield Found(bits, weight, None if scale is None else scale.view(weight.shape[0], -1))
+    yield _as_found(bits, weight, scale)
+
+
+def _as_found(bits: int, weight: Tensor, scale: Tensor | None) -> Found:
+    return Found(bits, weight.numpy(), None if scale is None else scale.view(weight.shape[0], -1).numpy())
 
 
 def _constant(file: PTEFile, plan: ExecutionPlan, value: int) -> Tensor:
@@ -150,17 +133,17 @@ def _found(file: PTEFile, graph: dict[str, Any], value: dict[str, Any]) -> Found
     raw, (out, width) = _data(file, graph, tensor["constant_buffer_idx"]), tensor["dims"]
     kind = tensor["datatype"].removeprefix("xnn_datatype_")
     if kind == "fp32":
-        return Found(32, torch.frombuffer(raw, dtype=torch.float32).view(out, width), None)
+        return _as_found(32, torch.frombuffer(raw, dtype=torch.float32).view(out, width), None)
     scale_raw = _data(file, graph, value["quant_params"]["scale_buffer_idx"])
     # XNNPACK keeps block scales in bfloat16 and channel scales in float32; int4 low nibble first, plus 8
     scale = torch.frombuffer(scale_raw, dtype=torch.bfloat16 if kind == "qbint4" else torch.float32).float()
     if kind == "qcint8":
-        return Found(8, torch.frombuffer(raw, dtype=torch.int8).view(out, width), scale.view(out, -1))
+        return _as_found(8, torch.frombuffer(raw, dtype=torch.int8).view(out, width), scale)
     if kind not in ("qcint4", "qbint4"):
         raise GoriError(f"the .pte holds a weight of XNNPACK's type {kind}, gori writes none of that")
     packed = torch.frombuffer(raw, dtype=torch.uint8).view(out, width // 2)
     q = torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2).to(torch.int8) - 8
-    return Found(4, q, scale.view(out, -1))
+    return _as_found(4, q, scale)
 
 
 def _data(file: PTEFile, graph: dict[str, Any], index: int) -> bytearray:

@@ -9,6 +9,7 @@ Shapes in names: T tokens of a prompt, N positions compared, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -37,6 +38,8 @@ SEEDS = (0, 1, 2)
 """Of the noise."""
 DECODED = 16
 """Tokens of each prompt that are also decoded one by one."""
+LARGE_VOCABULARY = 8192
+"""Above it one: a position's logits are 0.6 MB at 164k tokens, and every position is held five times."""
 
 
 @dataclass(frozen=True)
@@ -116,33 +119,33 @@ def gap(got_NV: Tensor, want_NV: Tensor) -> Gap:
     )
 
 
-def positions(length: int) -> list[int]:
+def positions(length: int, decoded: int = DECODED) -> list[int]:
     """Positions of a prompt that are compared: those decoded after the first half, and the last."""
     half = (length + 1) // 2
-    return sorted({*range(half - 1, min(half + DECODED, length)), length - 1})
+    return sorted({*range(half - 1, min(half + decoded, length)), length - 1})
 
 
-def engine_logits(session: Session, prompt: Prompt) -> Tensor:
+def engine_logits(session: Session, prompt: Prompt, decoded: int = DECODED) -> Tensor:
     """Logits at `positions` of a prompt: a prefill of half, single tokens after it, and a prefill of the whole."""
-    at, half = positions(len(prompt)), (len(prompt) + 1) // 2
+    at, half = positions(len(prompt), decoded), (len(prompt) + 1) // 2
     session.reset()
     whole = session.prefill(prompt)
     session.reset()
     rows = {half - 1: session.prefill(prompt[:half])}
-    for i in range(half, min(half + DECODED, len(prompt))):
+    for i in range(half, min(half + decoded, len(prompt))):
         rows[i] = session.decode(prompt[i])
     rows[len(prompt) - 1] = whole
     return torch.from_numpy(np.stack([rows[i] for i in at]))
 
 
-def eager_logits(model: Decoder, prompt: Prompt) -> Tensor:
+def eager_logits(model: Decoder, prompt: Prompt, decoded: int = DECODED) -> Tensor:
     """The eager model's logits at the same positions, all from one pass without a cache."""
     with torch.inference_mode():
         hidden_TD = model.hidden(torch.tensor([list(prompt)]))[0]
-        return model.logits(hidden_TD[positions(len(prompt))])
+        return model.logits(hidden_TD[positions(len(prompt), decoded)]).float()
 
 
-def noisy_logits(model: Decoder, prompt: Prompt, seed: int) -> Tensor:
+def noisy_logits(model: Decoder, prompt: Prompt, seed: int, decoded: int = DECODED) -> Tensor:
     """`eager_logits` with relative noise of one last place on the embedding and behind every norm: an engine that sums
     in another order differs everywhere, not only at the input."""
     generator = torch.Generator().manual_seed(seed)
@@ -153,7 +156,7 @@ def noisy_logits(model: Decoder, prompt: Prompt, seed: int) -> Tensor:
     sites = [model.embed_tokens, *(m for m in model.modules() if isinstance(m, RMSNorm))]
     hooks = [m.register_forward_hook(disturb) for m in sites]
     try:
-        return eager_logits(model, prompt)
+        return eager_logits(model, prompt, decoded)
     finally:
         for hook in hooks:
             hook.remove()
@@ -167,25 +170,68 @@ def _worst(noisy: list[list[Tensor]], want: list[Tensor]) -> Gap:
     return Gap(**worst)
 
 
-def measure_parity(session: Session, model: Decoder, prompts: Sequence[Prompt]) -> Parity:
-    """Run the prompts in both. Some must be single tokens and some longer, as in `default_prompts`."""
-    want, got = ([eager_logits(model, p) for p in prompts], [engine_logits(session, p) for p in prompts])
-    noisy = [[noisy_logits(model, p, seed) for p in prompts] for seed in SEEDS]
-    floor = _worst(noisy, want)
+@dataclass(frozen=True)
+class Runs:
+    """Logits `[N, V]` of each prompt: the reference's, the engine's, and the reference's in other arithmetic."""
+
+    prompts: list[Prompt]
+    want: list[Tensor]
+    got: list[Tensor]
+    noisy: list[list[Tensor]]
+
+    def last(self) -> Runs:
+        """The last position of each prompt alone."""
+
+        def cut(rows: list[Tensor]) -> list[Tensor]:
+            return [r[-1:] for r in rows]
+
+        return Runs(self.prompts, cut(self.want), cut(self.got), [cut(run) for run in self.noisy])
+
+
+def run_both(session: Session, model: Decoder, prompts: Sequence[Prompt], arithmetic: str = "float32") -> Runs:
+    """Run the prompts in an engine and in the eager model, and the eager model's noise floor in `arithmetic`: float32
+    with noise of its last place, or float16.
+
+    An engine that gives log-probabilities is compared with the model's.
+    """
+    decoded = DECODED if model.cfg.vocab_size <= LARGE_VOCABULARY else 1
+
+    def settled(rows: list[Tensor]) -> list[Tensor]:
+        return [r.log_softmax(-1) for r in rows] if session.info.log_probabilities else rows
+
+    want = [eager_logits(model, p, decoded) for p in prompts]
+    got = [engine_logits(session, p, decoded) for p in prompts]
+    if arithmetic == "float16":
+        half = copy.deepcopy(model).half()
+        half.rope_freq = model.rope_freq  # angles are computed in float32, as every engine does
+        noisy = [[eager_logits(half, p, decoded) for p in prompts]]
+    else:
+        noisy = [[noisy_logits(model, p, seed, decoded) for p in prompts] for seed in SEEDS]
+    return Runs(list(prompts), settled(want), settled(got), [settled(run) for run in noisy])
+
+
+def judge(runs: Runs) -> Parity:
+    """The verdict on what both said. Some prompts must be single tokens and some longer, as in `default_prompts`."""
+    floor = _worst(runs.noisy, runs.want)
 
     def calm(chosen: list[int]) -> Calm:
-        reference = [want[i] for i in chosen]
-        median = _worst([[run[i] for i in chosen] for run in noisy], reference).abs_median
-        found = gap(torch.cat([got[i] for i in chosen]), torch.cat(reference))
+        reference = [runs.want[i] for i in chosen]
+        median = _worst([[run[i] for i in chosen] for run in runs.noisy], reference).abs_median
+        found = gap(torch.cat([runs.got[i] for i in chosen]), torch.cat(reference))
         return Calm(found.abs_p05, median, FACTOR * median + LOGIT_EPSILON * float(torch.cat(reference).abs().max()))
 
     return Parity(
-        engine=gap(torch.cat(got), torch.cat(want)),
+        engine=gap(torch.cat(runs.got), torch.cat(runs.want)),
         floor=floor,
         kl_bound=FACTOR * floor.kl_mean + KL_EPSILON,
-        single=calm([i for i, p in enumerate(prompts) if len(p) == 1]),
-        longer=calm([i for i, p in enumerate(prompts) if len(p) > 1]),
+        single=calm([i for i, p in enumerate(runs.prompts) if len(p) == 1]),
+        longer=calm([i for i, p in enumerate(runs.prompts) if len(p) > 1]),
     )
+
+
+def measure_parity(session: Session, model: Decoder, prompts: Sequence[Prompt], arithmetic: str = "float32") -> Parity:
+    """`judge` of `run_both`."""
+    return judge(run_both(session, model, prompts, arithmetic))
 
 
 def describe(found: Parity) -> str:

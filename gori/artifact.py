@@ -24,6 +24,8 @@ from gori import console
 from gori.errors import GoriError
 
 MANIFEST = "manifest.json"
+SIGNATURE = "signature.json"
+"""Of a signed artifact; made after the manifest, so that neither can name the other's hash."""
 SCHEMA_VERSION = 1
 LIBRARIES = ("torch", "torchao", "executorch", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -145,12 +147,17 @@ def recover(out: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def rendered(value: Any) -> str:
+    """JSON as gori writes it to files: one text for one value, with a final newline."""
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with a final newline, atomically."""
     tmp = path.with_name(f".{path.name}.writing")
     with os_errors(path):
         try:
-            tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            tmp.write_text(rendered(value), encoding="utf-8")
             os.replace(tmp, path)
         except OSError:
             tmp.unlink(missing_ok=True)
@@ -206,6 +213,8 @@ class Manifest:
     gates: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What a reader must know: layers left float, what was not executed and why."""
+    lineage: list[dict[str, Any]] = field(default_factory=list)
+    """The stages that the inputs came from, and theirs, nearest first; see `ancestry`."""
 
     @property
     def fingerprint(self) -> str:
@@ -215,12 +224,13 @@ class Manifest:
         """Hash every file in `directory` and write manifest.json there."""
         self.files, self.finished = hash_files(directory), utc_now()
         body = {"schema_version": SCHEMA_VERSION, "fingerprint": self.fingerprint, **vars(self)}
-        write_json(directory / MANIFEST, body)
+        write_json(directory / MANIFEST, {**body, "sha256": sha256_json(body)})
 
 
 def hash_files(directory: Path) -> dict[str, dict[str, Any]]:
-    """Relative path → SHA-256 and bytes, of every file but the manifest, sorted."""
-    paths = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
+    """Relative path → SHA-256 and bytes, of every file but the manifest and its signature, sorted."""
+    apart = (directory / MANIFEST, directory / SIGNATURE)
+    paths = sorted(p for p in directory.rglob("*") if p.is_file() and p not in apart)
     return {p.relative_to(directory).as_posix(): {"sha256": sha256_file(p), "bytes": p.stat().st_size} for p in paths}
 
 
@@ -237,6 +247,45 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             f"{path} has schema version {body.get('schema_version')}, this gori {gori.__version__} reads "
             f"{SCHEMA_VERSION}: run the stage again"
         )
+    return body
+
+
+def ancestry(sources: dict[str, Path]) -> list[dict[str, Any]]:
+    """Where inputs came from: for each directory that a stage of gori's wrote, what it was made of, then its own
+    ancestors. Each stage once, by content."""
+    found: dict[str, dict[str, Any]] = {}
+    for label, path in sources.items():
+        if not (path / MANIFEST).exists():
+            continue
+        body = read_manifest(path)
+        kept = {k: body[k] for k in ("stage", "name", "seed", "settings", "inputs", "versions")}
+        content = sha256_json({name: f["sha256"] for name, f in body["files"].items()})
+        for entry in ({"as": label, "content": content, **kept}, *body.get("lineage", ())):
+            found.setdefault(entry["content"], entry)
+    return list(found.values())
+
+
+def check_integrity(directory: Path) -> dict[str, Any]:
+    """The manifest of a directory that holds exactly the files, byte for byte, that were written.
+
+    Raises GoriError that names the first difference. It finds damage and mistakes; only a signature finds a forger.
+    """
+    path = Path(directory) / MANIFEST
+    body = read_manifest(directory)
+    stated = body.pop("sha256", None)
+    try:
+        same = read_bytes(path) == rendered({**body, "sha256": stated}).encode() and sha256_json(body) == stated
+    except UnicodeEncodeError:  # JSON may spell half of a surrogate pair, UTF-8 may not
+        same = False
+    if not same or not isinstance(body.get("files"), dict):
+        raise GoriError(f"{path} was changed after it was written: copy or make {directory} again")
+    files, found = body["files"], hash_files(Path(directory))
+    if missing := sorted(set(files) - set(found)):
+        raise GoriError(f"{directory} lacks {missing[0]}, which its manifest names: copy or make it again")
+    if spare := sorted(set(found) - set(files)):
+        raise GoriError(f"{directory} holds {spare[0]}, which its manifest does not name: remove it or make it again")
+    if wrong := [name for name in sorted(files) if found[name] != files[name]]:
+        raise GoriError(f"{Path(directory) / wrong[0]} is not the file that was written: copy or make it again")
     return body
 
 

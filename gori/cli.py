@@ -24,6 +24,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "gori.export.commands:export_command",
         "Carry the integers into a target's file and prove it by running.",
     ),
+    "verify": ("gori.export.commands:verify", "Hashes, integers, signature and golden outputs of exported artifacts."),
+    "sign": ("gori.export.commands:sign", "Sign an artifact with a key file or a PKCS#11 token."),
     "eval": (
         "gori.runtime.commands:evaluate_command",
         "Exact call match per language, of a checkpoint or an artifact.",

@@ -21,6 +21,7 @@ from gori.gates import verdicts
 from gori.parallel import cores, only_run, together
 from gori.quantize.schemes import canonical, embedding_scheme, scheme
 from gori.recipe import Recipe
+from gori.targets import answering, target
 
 STAGES = ("data", "tokenizer", "teacher", "distill", "control", "quantize", "export", "evaluate", "report")
 TOKENIZER_ROWS = 40000
@@ -65,7 +66,11 @@ class Run:
         if r.distill.control != "none":
             found["control"] = self.dir("control")
         found |= {scheme: self.quantized_dir(scheme) for scheme in self.schemes()}
-        return found | {e.target: self.dir("export") / e.target for e in r.export}
+        return found | {name: self.dir("export") / name for name in self.answering()}
+
+    def answering(self) -> list[str]:
+        """Exported targets whose own engine answers here."""
+        return answering(e.target for e in self.recipe.export)
 
     def schemes(self) -> list[str]:
         q = self.recipe.quantize
@@ -155,10 +160,10 @@ def stage_quantize(run: Run) -> None:
 
 
 def stage_export(run: Run) -> None:
-    from gori.export.executorch import export_executorch
+    from gori.export.build import export
 
     for e in run.recipe.export:
-        export_executorch(run.dir("quantize"), run.dir("export") / e.target, context=e.context)
+        export(e.target, run.dir("quantize"), run.dir("export") / e.target, context=e.context)
 
 
 def stage_evaluate(run: Run, files: bool | None = None) -> None:
@@ -166,7 +171,7 @@ def stage_evaluate(run: Run, files: bool | None = None) -> None:
     from gori.runtime.evaluation import evaluate_model
 
     tests = {k: v for k, v in corpus.hashes(run.corpus).items() if k.startswith("test/") or k == "tools"}
-    targets = [e.target for e in run.recipe.export]
+    targets = run.answering()
     for name, directory in run.models().items():
         if files is not None and files != (name in targets):
             continue
@@ -241,7 +246,7 @@ def run_recipe(recipe: Recipe, out: Path, until: str = "report", dry_run: bool =
 def check(recipe: Recipe) -> None:
     """Refuse before anything is trained what a later stage would refuse."""
     from gori.distill.losses import check_terms
-    from gori.export.executorch import check_scheme
+    from gori.export.weights import check_scheme
     from gori.quantize.rtn import check_width
 
     check_terms(recipe.distill.losses)
@@ -257,8 +262,8 @@ def check(recipe: Recipe) -> None:
             check_width(width, scheme(name), what)
     if q.embedding and (table := embedding_scheme(q.embedding)):
         check_width(student.hidden_size, table, "the embedding")
-    if recipe.export:
-        check_scheme(scheme(q.scheme), f"quantize.scheme {q.scheme}")
+    for e in recipe.export:
+        check_scheme(scheme(q.scheme), f"quantize.scheme {q.scheme}", target(e.target))
 
 
 def groups(run: Run, until: str) -> list[tuple[str, ...]]:

@@ -124,7 +124,7 @@ class Quantize(Section):
 
 
 class Export(Section):
-    target: Literal["executorch"] = "executorch"
+    target: Literal["executorch", "litert", "tflite", "coreml", "gguf", "atom-max"] = "executorch"
     context: int | None = Field(default=None, ge=16)
     """Longest prompt plus answer in tokens; null: the student's max_position, at most 512."""
 

@@ -122,7 +122,7 @@ def lineage(out: Path, summary: dict[str, Any]) -> list[dict[str, Any]]:
     """What was made of what: a row for each stage directory with its parts of the manifest."""
     rows = []
     names = ["data", "tokenizer", "teacher", "distill", "control", *sorted(p.name for p in out.glob("quantize*"))]
-    names += [f"export/{t}" for t in summary["targets"]]
+    names += sorted(p.relative_to(out).as_posix() for p in out.glob("export/*"))
     for name in names:
         if (out / name / MANIFEST).exists():
             body = read_manifest(out / name)

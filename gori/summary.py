@@ -11,6 +11,7 @@ from typing import Any
 from gori.artifact import MANIFEST, read_manifest
 from gori.calls import CallError, Function, parse, read_tools, same_calls
 from gori.recipe import Recipe
+from gori.targets import TARGETS, answering
 
 
 def split_entry(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def summarize(out: Path, models: Mapping[str, Path], recipe: Recipe, eager: str)
     """
     answers = {name: read_answers(out, name) for name in models}
     functions = read_tools(out / "data" / "tools.json")
-    targets = [e.target for e in recipe.export]
+    targets = answering(e.target for e in recipe.export)
     parameters, seconds = {}, {}
     for name, directory in models.items():
         body = read_manifest(directory) if (directory / MANIFEST).exists() else {}
@@ -89,8 +90,9 @@ def summarize(out: Path, models: Mapping[str, Path], recipe: Recipe, eager: str)
 
 def weights_bytes(directory: Path) -> int:
     """Bytes of the file or files that hold a model's weights."""
-    files = [*directory.glob("*.pte")] or [*directory.glob("*.safetensors")]
-    return sum(f.stat().st_size for f in files)
+    exported = {t.file for t in TARGETS.values()}
+    files = [p for p in directory.iterdir() if p.name in exported and p.is_file()]
+    return sum(f.stat().st_size for f in files or directory.glob("*.safetensors"))
 
 
 def _elapsed(manifest: Mapping[str, Any]) -> float:

@@ -6,6 +6,7 @@ exporter and the reader of a target are named and imported when they are used.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gori.errors import GoriError, nearest
@@ -157,6 +158,11 @@ TARGETS: dict[str, Target] = {
     )
 }
 """Target's name → its row. XNNPACK's partitioner takes no weight-only layer and block scales for 4 bits only."""
+
+
+def answering(names: Iterable[str]) -> list[str]:
+    """Those of the targets whose own engine answers here."""
+    return [n for n in names if not TARGETS[n].stand_in]
 
 
 def target(name: str) -> Target:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gori import checkpoint, quantized
-from gori.artifact import Manifest, content_hash, make
+from gori.artifact import Manifest, ancestry, content_hash, make
 from gori.errors import GoriError
 from gori.quantize.rtn import rtn
 from gori.quantize.schemes import canonical, embedding_scheme, scheme
@@ -21,6 +21,7 @@ def quantize(checkpoint_dir: Path, scheme_name: str, embedding: str | None, meth
         raise GoriError(f"{checkpoint_dir} is quantized already: quantize the float student that it was made from")
     settings = {"scheme": canonical(scheme_name), "embedding": embedding, "method": method}
     manifest = Manifest("quantize", settings["scheme"] or "", 0, settings, {"checkpoint": content_hash(checkpoint_dir)})
+    manifest.lineage = ancestry({"checkpoint": checkpoint_dir})
 
     def build(tmp: Path) -> None:
         model = checkpoint.load(checkpoint_dir)

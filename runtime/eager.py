@@ -39,8 +39,12 @@ def open_checkpoint(file: Path, threads: int | None) -> EagerSession:
     directory = file.parent
     if threads is not None:
         torch.set_num_threads(threads)
-    model = quantized.load(directory)
-    context = min(model.cfg.max_position, LONGEST_CONTEXT)
+    return session_of(quantized.load(directory), directory)
+
+
+def session_of(model: Decoder, directory: Path, context: int | None = None) -> EagerSession:
+    """A session over a loaded decoder, whose folder says what ends a turn."""
+    context = context or min(model.cfg.max_position, LONGEST_CONTEXT)
     bos_id, eos_ids = special_ids(directory)
     info = SessionInfo(
         engine="eager",

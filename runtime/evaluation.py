@@ -15,7 +15,7 @@ from gori import console, evaluate
 from gori.calls import Call, Function, read_tools, render
 from gori.data import Conversation
 from gori.errors import GoriError
-from gori.runtime.session import open_session
+from gori.runtime.session import find_engine, open_session
 from gori.tokenizer import Tokenizer, eos_ids
 
 SLICE = 50
@@ -26,7 +26,8 @@ ROWS_COMPARED = 100
 
 def is_artifact(directory: Path) -> bool:
     """Whether an engine other than eager torch runs what lies here."""
-    return any(Path(directory).glob("*.pte"))
+    engine, _ = find_engine(Path(directory))
+    return engine is not None and engine.name != "eager"
 
 
 def generator(directory: Path, threads: int | None = None) -> evaluate.Generate:

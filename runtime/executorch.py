@@ -104,6 +104,11 @@ def open_pte(file: Path, threads: int | None) -> ExecutorchSession:
     return ExecutorchSession(program, info)
 
 
+def open_directory(directory: Path, threads: int | None) -> ExecutorchSession:
+    """The model.pte of an exported directory."""
+    return open_pte(directory / "model.pte", threads)
+
+
 METADATA = ("get_vocab_size", "get_max_context_len", "get_max_seq_len", "get_bos_id", "get_eos_ids")
 
 

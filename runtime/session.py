@@ -159,12 +159,21 @@ def open_session(path: Path | str, threads: int | None = None) -> Session:
     path = Path(path)
     if threads is not None and threads < 1:
         raise GoriError(f"{threads} threads cannot compute: choose 1 or more")
-    for engine in ENGINES:
-        file = _artifact(path, engine.holds)
-        if file is not None:
-            return getattr(importlib.import_module(engine.module), engine.opener)(file, threads)
+    engine, file = find_engine(path)
+    if engine is not None:
+        return getattr(importlib.import_module(engine.module), engine.opener)(file, threads)
     known = ", ".join(f"{e.holds} ({e.name})" for e in ENGINES)
     raise GoriError(f"{path} {'holds' if path.is_dir() else 'is'} nothing that gori runs: a session opens {known}")
+
+
+def find_engine(path: Path) -> tuple[Engine | None, Path]:
+    """The engine that runs what lies at a path, and the file that it opens."""
+    for engine in ENGINES:
+        file = _artifact(path, engine.holds)
+        # an export for an engine that does not run here keeps config.json, but no weights that eager torch reads
+        if file is not None and (engine.name != "eager" or any(file.parent.glob("*.safetensors"))):
+            return engine, file
+    return None, path
 
 
 def _artifact(path: Path, pattern: str) -> Path | None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gori import checkpoint, evaluate
-from gori.artifact import Manifest, content_hash, make
+from gori.artifact import Manifest, ancestry, content_hash, make
 from gori.calls import END, PAD
 from gori.corpus import Corpus, epochs, hashes
 from gori.data import Conversation
@@ -140,6 +140,7 @@ def train_teacher(section: Teacher, corpus: Corpus, tokenizer_dir: Path, seed: i
         raise GoriError(f"teacher.path {section.path} names a finished teacher: there is nothing to train")
     inputs = {**hashes(corpus), "tokenizer": content_hash(tokenizer_dir)}
     manifest = Manifest("teacher", "teacher", seed, section.model_dump(), inputs)
+    manifest.lineage = ancestry({"tokenizer": tokenizer_dir})
     tokenizer = Tokenizer.load(tokenizer_dir)
 
     def build(tmp: Path) -> None:

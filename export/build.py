@@ -1,0 +1,230 @@
+"""One export, whatever the target: write the file, read its integers back, run it, and only then let it appear.
+
+Knows the order of proofs and what an artifact's directory holds besides the engine's file; nothing of any format
+(gori.targets names the modules that do).
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from gori import checkpoint, quantized
+from gori.artifact import Manifest, ancestry, content_hash, gate, library_versions, make, read_manifest, write_json
+from gori.artifact import sha256_file as sha256
+from gori.console import log, peak_rss_mib
+from gori.errors import GoriError
+from gori.export import evidence, golden, parity
+from gori.export.contents import Found, compare, digests
+from gori.export.verify import INTEGERS, PARITY
+from gori.export.weights import (
+    Options,
+    Weights,
+    check_schemes,
+    notes,
+    packed_bytes,
+    read_weights,
+    resolve_lengths,
+    wanted,
+)
+from gori.runtime.eager import session_of, special_ids
+from gori.runtime.session import Session
+from gori.targets import Target
+from gori.targets import target as target_row
+
+COPIED = (
+    "config.json", "quantization.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+    "chat_template.jinja", "tools.json",
+)  # fmt: skip
+IDENTITY = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tools.json")
+"""Files by which a text becomes the ids that a model was trained on, and back."""
+SLACK = 1.15
+"""Bytes of a file over its packed integers and scales, besides FIXED_BYTES."""
+FIXED_BYTES = 100_000
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What running a file showed."""
+
+    session: Session
+    found: parity.Parity
+    golden: golden.Golden
+    same_answers: int
+    seconds: float
+
+
+def export(
+    name: str,
+    source: Path,
+    out: Path,
+    *,
+    context: int | None = None,
+    chunk: int | None = None,
+    prompts: Sequence[Sequence[int]] = (),
+    seed: int = 0,
+    backend: str | None = None,
+) -> dict[str, Any]:
+    """Write a target's directory `out`, unless it is there already; returns the manifest's content.
+
+    `context` is the tokens that the KV cache holds (default: the model's, 512 at most), `chunk` the tokens that one
+    call takes (default 128, at most context - 1). `prompts` are token ids that are run besides random ones and the
+    built-in utterances. Raises GoriError, and leaves nothing, for a scheme that the format does not hold, an integer
+    that is not in the file, and logits beyond the noise floor.
+    """
+    row = target_row(name)
+    cfg = checkpoint.read_config(source)
+    context, chunk = resolve_lengths(cfg, context, chunk)
+    settings = {"target": name, "context": context, "chunk": chunk, "prompts": [list(p) for p in prompts]}
+    if backend:
+        settings["backend"] = backend
+    manifest = Manifest("export", name, seed, settings, {"checkpoint": content_hash(source)})
+    manifest.versions |= library_versions(row.packages)
+    manifest.lineage = ancestry({"checkpoint": source})
+    bos_id, eos_ids = special_ids(source)
+    options = Options(source, context, chunk, bos_id, eos_ids, backend)
+
+    def build(tmp: Path) -> None:
+        weights = read_weights(source)
+        check_schemes(weights.spec, row)
+        contents = write_and_read_back(row, weights, tmp, options, manifest)
+        for file in COPIED:
+            if (source / file).exists() and not (tmp / file).exists():
+                shutil.copyfile(source / file, tmp / file)
+        proof = prove(row, tmp, options, prompts, seed)
+        manifest.gates += gates(manifest.metrics, proof.found)
+        manifest.metrics |= {"parity": proof.found.as_dict(), "parity_s": round(proof.seconds, 2)}
+        golden.write(proof.golden, tmp)
+        write_json(tmp / INTEGERS, {"schema_version": 1, "tensors": digests(contents)})
+        write_json(tmp / PARITY, ledger_entry(row, proof, manifest, tmp))
+        evidence.write(tmp, weights, row, options, manifest)
+
+    make(out, manifest, build)
+    return read_manifest(out)
+
+
+def module(name: str, row: Target) -> ModuleType:
+    """A target's writer, reader or opener; GoriError with the mend where its package is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        if (e.name or "").startswith("gori"):
+            raise
+        raise GoriError(f"target {row.name} needs {e.name}: pip install 'gori[{row.extra}]'") from e
+
+
+def write_and_read_back(row: Target, w: Weights, tmp: Path, o: Options, manifest: Manifest) -> dict[str, Found]:
+    """The engine's file, and what it holds, compared with the checkpoint tensor by tensor."""
+    writer, reader = module(row.writer, row), module(row.reader, row)
+    cpu_s, wall_s = time.process_time(), time.monotonic()
+    manifest.metrics |= writer.write(w, tmp, o)
+    shutil.copyfile(o.source / "config.json", tmp / "config.json")
+    want = wanted(w, copied_head=writer.COPIED_HEAD, float_bits=writer.FLOAT_BITS)
+    compared = compare(reader.read(tmp), want, row.file)
+    size, packed = size_bytes(tmp / row.file), packed_bytes(want)
+    manifest.metrics |= {
+        "export_core_s": round(time.process_time() - cpu_s, 2),
+        "export_wall_s": round(time.monotonic() - wall_s, 2),
+        "peak_rss_mib": round(peak_rss_mib(), 1),
+        "tensors_read_back": compared,
+        "file_bytes": size,
+        "packed_bytes": packed,
+    }
+    manifest.notes += notes(w, want)
+    log(f"{compared} tensors read back exact, {packed:,} packed → {size:,} bytes in {row.file}")
+    return want
+
+
+def size_bytes(path: Path) -> int:
+    """Bytes of a file, or of all files in a directory."""
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+
+
+def open_artifact(row: Target, directory: Path) -> Session:
+    """The engine over a written directory, on one thread, or what stands in for it here."""
+    name, _, function = row.opener.partition(":")
+    return getattr(module(name, row), function)(directory, 1)
+
+
+def prove(row: Target, tmp: Path, o: Options, prompts: Sequence[Sequence[int]], seed: int) -> Proof:
+    """Run the written file against the eager checkpoint; GoriError beyond the noise floor."""
+    began = time.process_time()
+    model = quantized.load(o.source, rounding=row.activations)
+    session = open_artifact(row, tmp)
+    spoken = golden.utterance_prompts(o.source, o.context)
+    random = parity.default_prompts(model.cfg.vocab_size, o.context, o.chunk, seed)
+    runs = parity.run_both(session, model, [*random, *spoken.values(), *map(list, prompts)], row.arithmetic)
+    found = parity.judge(runs)
+    log(parity.describe(found))
+    parity.require_parity(found, row.engine)
+    reference = session_of(model, o.source, o.context)
+    answers, same = [], 0
+    for text, prompt in spoken.items():
+        answer = golden.greedy(reference, prompt, o.eos_ids)
+        same += golden.greedy(session, prompt, o.eos_ids) == answer
+        answers.append({"text": text, "prompt": prompt, "answer": answer})
+    return Proof(session, found, golden_of(runs, answers), same, time.process_time() - began)
+
+
+def golden_of(runs: parity.Runs, answers: list[dict[str, Any]]) -> golden.Golden:
+    """What the reference said last to each prompt, and how far an engine may be from it: as far as the noise floor of
+    the same prompts, measured with the same tokens kept."""
+    last = runs.last()
+    want = torch.cat(last.want).numpy()
+    top, log_p = golden.distributions(want)
+
+    def mean_kl(rows: list[torch.Tensor]) -> float:
+        other = golden.log_softmax(torch.cat(rows).numpy())
+        return float(golden.divergence(log_p, np.take_along_axis(other, top, -1)).mean())
+
+    floor = max(mean_kl(run) for run in last.noisy)
+    bound = max(parity.FACTOR * floor, 2 * mean_kl(last.got)) + parity.KL_EPSILON
+    return golden.Golden([list(p) for p in runs.prompts], top, log_p, bound, answers)
+
+
+def ledger_entry(row: Target, proof: Proof, manifest: Manifest, tmp: Path) -> dict[str, Any]:
+    """parity.json: what `gori verify` shows of an artifact. No times: the same export gives the same bytes."""
+    info, m = proof.session.info, manifest.metrics
+    return {
+        "schema_version": 1,
+        "target": row.name,
+        "file": row.file,
+        "engine": info.engine,
+        "engine_version": info.engine_version,
+        "executed": not info.stand_in,
+        "ran": row.stand_in or row.engine,
+        "activations": row.activations,
+        "context": info.context,
+        "chunk": info.chunk,
+        "integers_identical": m["tensors_read_back"],
+        "parity": m["parity"],
+        "same_answers": proof.same_answers,
+        "answers": len(proof.golden.answers),
+        "identity": identity(tmp),
+        "file_bytes": m["file_bytes"],
+        "packed_bytes": m["packed_bytes"],
+    }
+
+
+def identity(directory: Path) -> dict[str, str]:
+    """SHA-256 of the tokenizer, its template and the tools that travel with a model."""
+    return {name: sha256(directory / name) for name in IDENTITY if (directory / name).exists()}
+
+
+def gates(metrics: dict[str, Any], found: parity.Parity) -> list[dict[str, Any]]:
+    bound = round(metrics["packed_bytes"] * SLACK) + FIXED_BYTES
+    return [
+        gate("parity kl_mean", found.engine.kl_mean, found.kl_bound, at_least=False),
+        gate("parity single tokens", found.single.engine_p05, found.single.bound, at_least=False),
+        gate("parity longer prompts", found.longer.engine_p05, found.longer.bound, at_least=False),
+        gate("file_bytes", metrics["file_bytes"], bound, at_least=False),
+    ]

@@ -1,0 +1,159 @@
+"""Golden inputs and outputs that travel in an artifact, so that another machine can check it with its engine alone.
+
+For each prompt the likeliest tokens of the reference (the eager model of the same integers) after its last token, and
+for utterances in Korean and English its greedy answer. NumPy alone: `gori verify` reads this without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gori.artifact import read_object, write_json
+from gori.errors import GoriError
+from gori.runtime.generate import generate
+from gori.runtime.session import Session
+from gori.tokenizer import Tokenizer
+
+FILE = "golden.json"
+VERSION = 1
+KEPT = 64
+"""Tokens of each distribution that are kept; all others are one event."""
+LONGEST_ANSWER = 48
+UTTERANCES = (
+    "에어컨 좀 켜 줘", "조수석 창문 반만 열어 줘", "서울역까지 길 안내해 줘", "엄마한테 전화 걸어 줘",
+    "실내 온도 23도로 맞추고 라디오 꺼 줘", "오늘 하늘이 왜 이렇게 파랄까?",
+    "turn on the air conditioning", "open the passenger window halfway", "navigate to Central Park",
+    "call my mother", "set it to 23 degrees and turn off the radio", "why is the sky so blue today?",
+)  # fmt: skip
+"""What is said to every exported model besides random tokens."""
+
+
+@dataclass(frozen=True)
+class Golden:
+    """The content of golden.json."""
+
+    prompts: list[list[int]]
+    top: NDArray[np.int64]
+    """`[prompts, KEPT]` token ids, the likeliest first."""
+    log_p: NDArray[np.float64]
+    """`[prompts, KEPT]` their log-probabilities."""
+    kl_bound: float
+    """What an engine's mean KL over these may be, in nats."""
+    answers: list[dict[str, Any]]
+    """`{"text", "prompt": ids, "answer": ids}` of each utterance."""
+
+
+def utterance_prompts(directory: Path, longest: int) -> dict[str, list[int]]:
+    """Utterance → token ids as this checkpoint's tokenizer gives them, in the turns of gori's template where it has
+    those; utterances of more than `longest` tokens, and folders without a tokenizer, have none."""
+    from gori.calls import ASSISTANT
+    from gori.data import Conversation, Turn, prompt_ids
+
+    if not (directory / "tokenizer.json").exists():
+        return {}
+    tokenizer = Tokenizer.load(directory)
+    found = {}
+    for text in UTTERANCES:
+        if tokenizer.has(ASSISTANT):
+            ids = prompt_ids(Conversation((Turn("user", text), Turn("assistant", None, ()))), tokenizer)
+        else:
+            ids = tokenizer.encode(text)
+        if 0 < len(ids) <= longest:
+            found[text] = ids
+    return found
+
+
+def greedy(session: Session, prompt: Sequence[int], end: Sequence[int]) -> list[int]:
+    """The session's greedy answer to a prompt, from an empty history."""
+    session.reset()
+    room = min(LONGEST_ANSWER, session.info.context - len(prompt))
+    return list(generate(session, prompt, end, max_new=room)) if room > 0 else []
+
+
+def distributions(logits_NV: NDArray[np.floating[Any]]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The KEPT likeliest tokens of each row of logits and their log-probabilities."""
+    log_p = log_softmax(logits_NV)
+    top = np.argsort(-log_p, axis=-1, kind="stable")[:, :KEPT]
+    return top, np.take_along_axis(log_p, top, -1)
+
+
+def log_softmax(logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """Along the last axis, in float64."""
+    x = logits.astype(np.float64)
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def divergence(golden_log_p: NDArray[np.float64], log_p: NDArray[np.float64]) -> NDArray[np.float64]:
+    """KL(golden ‖ other) in nats of each row over the kept tokens and one event for all others: at most the KL over the
+    whole vocabulary (data processing inequality)."""
+    p, q = np.exp(golden_log_p), np.exp(log_p)
+    rest_p, rest_q = np.clip(1 - p.sum(-1), 1e-12, 1), np.clip(1 - q.sum(-1), 1e-12, 1)
+    return np.maximum((p * (golden_log_p - log_p)).sum(-1) + rest_p * (np.log(rest_p) - np.log(rest_q)), 0)
+
+
+def write(golden: Golden, directory: Path) -> None:
+    """golden.json: prompts, distributions, answers."""
+    rows = [
+        {"prompt": p, "top": top.tolist(), "log_p": log_p.tolist()}
+        for p, top, log_p in zip(golden.prompts, golden.top, golden.log_p, strict=True)
+    ]
+    body = {"schema_version": VERSION, "kl_bound": golden.kl_bound, "rows": rows, "answers": golden.answers}
+    write_json(directory / FILE, body)
+
+
+def read(directory: Path) -> Golden:
+    """golden.json of an artifact; one of another version or shape is refused."""
+    path = directory / FILE
+    body = read_object(path)
+    if body.get("schema_version") != VERSION:
+        raise GoriError(f"{path} has version {body.get('schema_version')}, this gori reads {VERSION}: export again")
+    try:
+        rows = body["rows"]
+        golden = Golden(
+            [[int(i) for i in r["prompt"]] for r in rows],
+            np.array([r["top"] for r in rows], dtype=np.int64),
+            np.array([r["log_p"] for r in rows], dtype=np.float64),
+            float(body["kl_bound"]),
+            [{"text": str(a["text"]), "prompt": list(a["prompt"]), "answer": list(a["answer"])}
+             for a in body["answers"]],
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError) as e:
+        raise GoriError(f"{path} does not have the fields of golden outputs ({e}): export again") from e
+    return golden
+
+
+@dataclass(frozen=True)
+class Check:
+    """How an engine did on golden inputs."""
+
+    kl_mean: float
+    kl_max: float
+    kl_bound: float
+    top1: float
+    same_answers: int
+    answers: int
+
+    @property
+    def met(self) -> bool:
+        return self.kl_mean <= self.kl_bound
+
+
+def check(session: Session, golden: Golden) -> Check:
+    """Run the prompts and utterances in an engine and compare with what travelled."""
+    rows = []
+    for prompt in golden.prompts:
+        session.reset()
+        rows.append(session.prefill(prompt))
+    log_p = np.take_along_axis(log_softmax(np.stack(rows)), golden.top, -1)
+    kl = divergence(golden.log_p, log_p)
+    end = session.info.eos_ids
+    same = sum(greedy(session, a["prompt"], end) == a["answer"] for a in golden.answers)
+    top1 = float(np.mean([int(np.argmax(r)) == t for r, t in zip(rows, golden.top[:, 0], strict=True)]))
+    return Check(float(kl.mean()), float(kl.max()), golden.kl_bound, top1, same, len(golden.answers))

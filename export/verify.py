@@ -1,0 +1,206 @@
+"""`gori verify`: whether an artifact is whole, holds its student's integers and answers here as it did at home.
+
+It works from the artifact alone, on a machine without torch where the engine needs none: hashes from the manifest,
+integers read out of the engine's file, golden outputs run by this machine's engine, the signature if a key is given.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from gori.artifact import MANIFEST, check_integrity, read_manifest, read_object, sha256_file, sha256_json
+from gori.errors import GoriError
+from gori.export import golden
+from gori.export.contents import digests
+from gori.runtime.session import Session
+from gori.targets import TARGETS, Target
+
+PARITY, INTEGERS = "parity.json", "integers.json"
+
+
+@dataclass
+class Row:
+    """What was found of one artifact."""
+
+    directory: Path
+    entry: dict[str, Any] = field(default_factory=dict)
+    """parity.json: what was measured when the artifact was made."""
+    integers: str = ""
+    """One hash over every integer and scale: equal for artifacts that hold the same ones."""
+    tensors: int = 0
+    here: dict[str, Any] = field(default_factory=dict)
+    """What golden inputs gave on this machine; empty where nothing was run."""
+    not_run: str = ""
+    """Why nothing was run here."""
+    signed: bool | None = None
+    """None: no key was given."""
+    problem: str = ""
+    """The sentence by which it was refused; empty for one that is good."""
+
+    @property
+    def ok(self) -> bool:
+        return not self.problem
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"ok": self.ok, **vars(self), "directory": str(self.directory)}
+
+
+def artifacts(directory: Path) -> list[Path]:
+    """The exported artifacts at or under a directory."""
+    if not directory.is_dir():
+        raise GoriError(f"{directory} is not a directory: name an exported artifact, or a directory of them")
+    found = [p.parent for p in sorted(directory.glob(f"**/{MANIFEST}")) if _is_export(p.parent)]
+    if (directory / MANIFEST).exists() or (directory / PARITY).exists():
+        return [directory]
+    if not found:
+        raise GoriError(f"{directory} holds no exported artifact: `gori export CHECKPOINT --target T --out DIR` does")
+    return found
+
+
+def _is_export(directory: Path) -> bool:
+    if (directory / PARITY).exists():
+        return True
+    try:
+        return read_manifest(directory).get("stage") == "export"
+    except GoriError:
+        return False
+
+
+def verify_all(directory: Path, key: Path | None = None, *, run: bool = True) -> list[Row]:
+    """A row for every artifact at or under a directory; a bad one does not keep the others from being checked."""
+    return [verify_one(path, key, run=run) for path in artifacts(Path(directory))]
+
+
+def verify_one(directory: Path, key: Path | None = None, *, run: bool = True) -> Row:
+    """Check one artifact; what is wrong with it is in the row's `problem`."""
+    row = Row(directory)
+    steps: list[Callable[[], None]] = [lambda: _check_files(row), lambda: _check_integers(row)]
+    if key:
+        steps.insert(0, lambda: _check_signature(row, key))
+    if run:
+        steps.append(lambda: _run_golden(row))
+    else:
+        row.not_run = "--no-run"
+    try:
+        for step in steps:
+            step()
+    except GoriError as e:
+        row.problem = str(e)
+    return row
+
+
+def _check_signature(row: Row, key: Path) -> None:
+    from gori.export.signing import check_signature
+
+    row.signed = False
+    check_signature(row.directory, key)
+    row.signed = True
+
+
+def _check_files(row: Row) -> None:
+    """Every file is the one that the manifest names, and the tokenizer the one that parity was measured with."""
+    body = check_integrity(row.directory)
+    if body.get("stage") != "export":
+        raise GoriError(f"{row.directory} is the {body.get('stage')} stage's: only exported artifacts are verified")
+    row.entry = read_object(row.directory / PARITY)
+    if row.entry.get("schema_version") != 1 or row.entry.get("target") not in TARGETS:
+        raise GoriError(f"{row.directory / PARITY} is of a version that this gori does not read: export again")
+    for name, digest in row.entry["identity"].items():
+        if sha256_file(row.directory / name) != digest:
+            raise GoriError(f"{row.directory / name} is not the one that parity was measured with: export again")
+
+
+def _check_integers(row: Row) -> None:
+    """The integers and scales in the engine's file, by their hashes."""
+    target = TARGETS[row.entry["target"]]
+    if not _importable(target.reader, target, row):
+        return
+    want = read_object(row.directory / INTEGERS).get("tensors")
+    found = digests(importlib.import_module(target.reader).read(row.directory))
+    if found != want:
+        wrong = sorted(n for n in {*found, *(want or {})} if found.get(n) != (want or {}).get(n))
+        raise GoriError(
+            f"{len(wrong)} of {len(found)} tensors in {row.directory / target.file} are not those that were exported, "
+            f"{wrong[0]} among them: export again"
+        )
+    row.tensors, row.integers = len(found), sha256_json(_shared_out(found))
+
+
+def _shared_out(found: dict[str, str]) -> dict[str, str]:
+    """Without a head that is the table once more: some formats keep a copy, some do not."""
+    head, table = found.get("lm_head.weight"), found.get("model.embed_tokens.weight")
+    return {n: d for n, d in found.items() if n != "lm_head.weight" or d != table or head is None}
+
+
+def _importable(module: str, target: Target, row: Row) -> bool:
+    try:
+        importlib.import_module(module)
+    except ImportError as e:
+        row.not_run = f"needs {e.name}: pip install 'gori[{target.extra}]'"
+        return False
+    return True
+
+
+def _run_golden(row: Row) -> None:
+    """Golden inputs through this machine's engine."""
+    target = TARGETS[row.entry["target"]]
+    name, _, function = target.opener.partition(":")
+    if row.not_run or not _importable(name, target, row):
+        return
+    if row.entry.get("parity") is None:
+        row.not_run = row.entry.get("not_run", "its engine does not run here")
+        return
+    open_directory: Callable[[Path, int | None], Session] = getattr(importlib.import_module(name), function)
+    session = open_directory(row.directory, 1)
+    found = golden.check(session, golden.read(row.directory))
+    row.here = {**vars(found), "engine": session.info.engine, "engine_version": session.info.engine_version}
+    if not found.met:
+        raise GoriError(
+            f"{row.directory} does not answer as it did when it was made: mean KL {found.kl_mean:.2e} on golden "
+            f"prompts, allowed {found.kl_bound:.2e} ({session.info.engine} {session.info.engine_version} here, "
+            f"{row.entry['engine_version']} then)"
+        )
+
+
+def ledger(rows: list[Row]) -> dict[str, Any]:
+    """One JSON object over all artifacts."""
+    held = {r.integers for r in rows if r.integers}
+    return {"ok": all(r.ok for r in rows), "same_integers": len(held) <= 1, "artifacts": [r.as_dict() for r in rows]}
+
+
+def table(rows: list[Row]) -> Table:
+    """The ledger for a reader: one line an artifact."""
+    found = Table()
+    names = ("artifact", "engine", "integers", "KL", "Δlogit", "top-1", "answers", "bytes", "here", "signed")
+    for name in names:
+        found.add_column(name, overflow="fold")
+    for r in rows:
+        found.add_row(*_cells(r))
+    held = {r.integers for r in rows if r.integers}
+    if len(rows) > 1:
+        found.caption = "all hold the same integers" if len(held) == 1 else f"{len(held)} different sets of integers"
+    return found
+
+
+def _cells(r: Row) -> tuple[str, ...]:
+    e, signed = r.entry, {None: "–", True: "yes", False: "NO"}[r.signed]
+    name = r.directory.name
+    if not e:
+        return (name, "", "", "", "", "", "", "", f"REFUSED: {r.problem}", signed)
+    ran = f"{e['engine']} {e['engine_version']}" + ("" if e["executed"] else " (not the device)")
+    parity = (e.get("parity") or {}).get("engine")
+    figures = (
+        (f"{parity['kl_mean']:.1e}", f"{parity['max_abs']:.1e}", f"{parity['top1']:.1%}",
+         f"{e['same_answers']}/{e['answers']}")
+        if parity
+        else ("–", "–", "–", "–")
+    )  # fmt: skip
+    here = f"KL {r.here['kl_mean']:.1e}, {r.here['same_answers']}/{r.here['answers']}" if r.here else r.not_run
+    here = f"REFUSED: {r.problem}" if r.problem else here
+    return (name, ran, f"{r.tensors} {r.integers[:8]}", *figures, f"{e['file_bytes']:,}", here, signed)
