@@ -6,7 +6,6 @@ own, the proof that the file computes what the checkpoint does is gori.export.bu
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +42,6 @@ def write(w: Weights, out: Path, o: Options) -> dict[str, Any]:
 
 def load_exporter() -> None:
     """Import what lowers; GoriError if the wheel is missing."""
-    # torchao names kernels of other machines that it cannot load; torch names torchao's enums
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         with upstream_warnings():
             from gori.export import executorch_graph  # noqa: F401

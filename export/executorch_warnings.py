@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,10 @@ UPSTREAM_WARNINGS = (
 
 @contextmanager
 def upstream_warnings() -> Iterator[None]:
-    """Leave out the warnings that no user of gori can act on."""
+    """Leave out what no user of gori can act on: warnings, and two loggers' words (torchao names kernels of other
+    machines that it cannot load; torch names torchao's enums)."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         for message, category in UPSTREAM_WARNINGS:
             warnings.filterwarnings("ignore", f".*{message}", category)

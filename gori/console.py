@@ -19,6 +19,8 @@ from rich.table import Table
 stderr = Console(stderr=True, highlight=False, emoji=False)
 
 
+UNFOLDED = 200
+"""Columns of a table that is not shown on a terminal."""
 _bars = sys.stderr.isatty()
 
 
@@ -56,7 +58,9 @@ def result(value: Any, as_json: bool, text: str | Table) -> None:
     if as_json:
         print(json.dumps(value, ensure_ascii=False))
     elif isinstance(text, Table):
-        Console(highlight=False, emoji=False).print(text)
+        # a pipe or file has no width: wide enough that no cell is folded; markup would eat `gori[extra]`
+        width = None if sys.stdout.isatty() else UNFOLDED
+        Console(highlight=False, emoji=False, markup=False, width=width).print(text)
     else:
         print(text)
 

@@ -111,7 +111,10 @@ TARGETS: dict[str, Target] = {
             reader="gori.export.coreml_read",
             opener="gori.export.coreml_run:open_directory",
             linears=spelled(
-                "w8a8:channel", "w8a16:channel,g32,g64,g128", "w4a8:channel,g32,g64,g128", "w4a16:channel,g32,g64,g128"
+                "w8a8:channel,g32,g64,g128",
+                "w8a16:channel,g32,g64,g128",
+                "w4a8:channel,g32,g64,g128",
+                "w4a16:channel,g32,g64,g128",
             ),
             tables=EVERY_TABLE,
             activations="none",
@@ -148,8 +151,8 @@ TARGETS: dict[str, Target] = {
             writer="gori.export.atom_max",
             reader="gori.export.atom_max_read",
             opener="gori.export.atom_max_run:open_directory",
-            linears=spelled("w8a16:channel", "w4a16:channel"),
-            tables=("float",),
+            linears=spelled("w8a8:channel", "w8a16:channel", "w4a8:channel", "w4a16:channel"),
+            tables=EVERY_TABLE,
             activations="none",
             arithmetic="float16",
             stand_in="the static reference graphs in torch: estimates, not the device",
@@ -170,3 +173,22 @@ def target(name: str) -> Target:
     if name not in TARGETS:
         raise GoriError(f"target {name!r} is unknown{nearest(name, TARGETS)}")
     return TARGETS[name]
+
+
+def markdown() -> str:
+    """The README's table of targets; a test keeps it true to this file."""
+    head = "| target | file | run here by | linears | embedding |\n|---|---|---|---|---|\n"
+    return head + "".join(
+        f"| [`{t.name}`](docs/{t.docs}) | `{t.file}` | {t.stand_in or t.engine} | {shortened(t.linears)} | "
+        f"{shortened(t.tables)} |\n"
+        for t in TARGETS.values()
+    )
+
+
+def shortened(schemes: Iterable[str]) -> str:
+    """`w4a8-channel, w4a8-g32` as `w4a8: channel, g32`."""
+    found: dict[str, list[str]] = {}
+    for name in schemes:
+        bits, _, granularity = name.partition("-")
+        found.setdefault(bits, []).append(granularity)
+    return "; ".join(f"{bits}: {', '.join(g)}" if any(g) else bits for bits, g in found.items())

@@ -143,7 +143,7 @@ def _answer(session: Session, tokenizer: Tokenizer, end: list[int], turns: list[
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--data", "data_file", required=True, type=click.Path(path_type=Path), help="Conversations, JSON Lines.")
 @click.option("--tools", type=click.Path(path_type=Path), help="Tools file; default: the one beside the model.")
-@click.option("--against", type=click.Path(path_type=Path), help="A reference: KL and top-1 agreement with it.")
+@click.option("--against", type=click.Path(path_type=Path), help="A reference: the same calls, KL and top-1 agreement with it.")
 @click.option("--failures", type=int, default=0, help="Print this many rows that were not exact, on stderr.")
 @threads_option
 @json_option
@@ -158,15 +158,17 @@ def evaluate_command(
 ) -> None:
     """Exact call match of MODEL (a checkpoint or an artifact) per language, by really generating every answer."""
     from gori.calls import read_tools
-    from gori.runtime.evaluation import compare, evaluate_model, functions_of
-    from gori.summary import split_entry
+    from gori.runtime.evaluation import compare, evaluate_model, functions_of, rounding_of
+    from gori.summary import agreement, split_entry
 
     functions = read_tools(tools) if tools else functions_of(model)
     rows = read_conversations(data_file, functions)
     answers = evaluate_model(model, {data_file.stem: rows}, functions, model.name, threads)
     body = split_entry(answers)
     if against:
-        body |= compare(model, against, rows, threads)
+        rounding = rounding_of(model)
+        theirs = evaluate_model(against, {data_file.stem: rows}, functions, against.name, threads, rounding)
+        body |= {"same_calls": agreement(answers, theirs, functions), **compare(model, against, rows, threads)}
     for a in [a for a in answers if not a["exact"]][:failures]:
         console.log(f"{a['utterance']}\n  wanted {a['wanted']}\n  got    {a['answer']}")
     shown = "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in body.items())

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from gori import console, evaluate
+from gori.artifact import read_object
 from gori.calls import Call, Function, read_tools, render
 from gori.data import Conversation
 from gori.errors import GoriError
-from gori.runtime.session import find_engine, open_session
+from gori.runtime.session import Session, find_engine, open_session
 from gori.tokenizer import Tokenizer, eos_ids
 
 SLICE = 50
@@ -30,15 +31,21 @@ def is_artifact(directory: Path) -> bool:
     return engine is not None and engine.name != "eager"
 
 
-def generator(directory: Path, threads: int | None = None) -> evaluate.Generate:
-    """What turns prompts into greedy answers for the model in a directory."""
+def rounding_of(directory: Path) -> str:
+    """How the engine of an exported artifact rounds what a quantized linear is given; see gori.quantized.ROUNDINGS."""
+    path = Path(directory) / "parity.json"
+    return str(read_object(path).get("activations", "scheme")) if path.exists() else "scheme"
+
+
+def generator(directory: Path, threads: int | None = None, rounding: str = "scheme") -> evaluate.Generate:
+    """What turns prompts into greedy answers for the model in a directory; a checkpoint computes with `rounding`."""
     end = eos_ids(directory)[0]
     if is_artifact(directory):
         session = open_session(directory, threads)
         return evaluate.one_by_one(session, end, session.info.context)
     from gori import quantized
 
-    return evaluate.batched(quantized.load(directory), end)
+    return evaluate.batched(quantized.load(directory, rounding), end)
 
 
 def evaluate_model(
@@ -47,9 +54,10 @@ def evaluate_model(
     functions: Mapping[str, Function],
     label: str,
     threads: int | None = None,
+    rounding: str = "scheme",
 ) -> list[dict[str, Any]]:
     """One dictionary a row: split, utterance, language, wanted and given answer, and whether they are the same call."""
-    generate, tokenizer = generator(directory, threads), Tokenizer.load(directory)
+    generate, tokenizer = generator(directory, threads, rounding), Tokenizer.load(directory)
     todo = [(split, c) for split, conversations in tests.items() for c in conversations]
     step = SLICE if is_artifact(directory) else len(todo)  # a decoder's batches are fullest over all rows at once
     rows: list[dict[str, Any]] = []
@@ -87,12 +95,23 @@ def functions_of(directory: Path) -> dict[str, Function]:
     return read_tools(path)
 
 
+def open_reference(reference: Path, threads: int | None, rounding: str) -> Session:
+    """A session over an artifact, or over a checkpoint that rounds as the engine does that it is compared with."""
+    if is_artifact(reference) or rounding == "scheme":
+        return open_session(reference, threads)
+    from gori import quantized
+    from gori.runtime.eager import session_of
+
+    return session_of(quantized.load(reference, rounding), reference)
+
+
 def compare(
     directory: Path, reference: Path, rows: Sequence[Conversation], threads: int | None = None
 ) -> dict[str, float]:
     """Teacher-forced agreement with a reference on the first rows' wanted answers: KL(reference || model) in nats, mean
-    and 99th percentile over answer tokens, and the share of equal top-1 tokens."""
-    model, other = open_session(directory, threads), open_session(reference, threads)
+    and 99th percentile over answer tokens, and the share of equal top-1 tokens. A checkpoint as the reference rounds
+    activations as the artifact's engine does."""
+    model, other = open_session(directory, threads), open_reference(reference, threads, rounding_of(directory))
     tokenizer = Tokenizer.load(directory)
     kl, same = [], []
     for c in rows[:ROWS_COMPARED]:

@@ -1,0 +1,336 @@
+"""`gori verify` and `gori sign`: a good artifact passes, and every kind of damage is refused in one sentence.
+
+One small GGUF artifact is made for the file; what is checked here is the same for every target.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from gori.artifact import rendered, sha256_json
+from gori.errors import GoriError
+from gori.export import golden
+from gori.export.build import export
+from gori.export.commands import sign, verify
+from gori.export.signing import check_signature, sign_artifact
+from gori.export.verify import verify_all, verify_one
+from students import CHUNK, CONTEXT, Case, of, write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory, toy_tokenizer: Path) -> Path:
+    """An exported student with the toy task's tokenizer."""
+    root = tmp_path_factory.mktemp("verify")
+    source = write_checkpoint(Case(of("qwen3", vocab_size=360), "w4a8-g32"), root / "student")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tools.json"):
+        shutil.copyfile(toy_tokenizer / name, source / name)
+    export("gguf", source, root / "gguf", context=CONTEXT, chunk=CHUNK)
+    return root / "gguf"
+
+
+@pytest.fixture
+def copy(artifact: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(artifact, tmp_path / "copy"))
+
+
+def seal(directory: Path, **changes: object) -> None:
+    """Rewrite the manifest as gori would have: what a careful forger without the key can do."""
+    body = json.loads((directory / "manifest.json").read_text())
+    body.pop("sha256")
+    body |= changes
+    (directory / "manifest.json").write_text(rendered({**body, "sha256": sha256_json(body)}))
+
+
+def reseal_files(directory: Path) -> None:
+    from gori.artifact import hash_files
+
+    seal(directory, files=hash_files(directory))
+
+
+def refusal(directory: Path, key: Path | None = None) -> str:
+    (row,) = verify_all(directory, key)
+    return row.problem
+
+
+def test_a_whole_artifact_passes_and_says_what_ran(artifact: Path) -> None:
+    run = CliRunner().invoke(verify, [str(artifact), "--json"])
+    assert run.exit_code == 0, run.output
+    (row,) = json.loads(run.stdout)["artifacts"]
+    assert row["ok"] and row["tensors"] == 8 and row["here"]["engine"] == "llama.cpp"
+    assert row["here"]["answers"] == row["here"]["same_answers"] > 0
+    assert row["entry"]["executed"] is True and row["here"]["kl_mean"] <= row["here"]["kl_bound"]
+
+
+def test_golden_prompts_hold_both_languages_a_chunks_boundary_and_a_full_context(artifact: Path) -> None:
+    found = golden.read(artifact)
+    lengths = {len(p) for p in found.prompts}
+    assert {1, CHUNK - 1, CHUNK, CHUNK + 1, CONTEXT} <= lengths
+    texts = "".join(a["text"] for a in found.answers)
+    assert any("가" <= c <= "힣" for c in texts) and any("a" <= c <= "z" for c in texts)
+
+
+def test_the_kl_over_kept_tokens_is_never_more_than_over_all() -> None:
+    rng = np.random.default_rng(0)
+    for scale in (0.1, 1.0, 5.0):
+        a, b = rng.normal(0, scale, (2, 20, 300))
+        p, q = golden.log_softmax(a), golden.log_softmax(b)
+        whole = (np.exp(p) * (p - q)).sum(-1)
+        top, kept = golden.distributions(a)
+        part = golden.divergence(kept, np.take_along_axis(q, top, -1))
+        assert (part <= whole + 1e-9).all() and (part > 0).all()
+        assert golden.divergence(kept, kept) == pytest.approx(0, abs=1e-9)
+
+
+MUTATIONS = 240
+
+
+def test_a_flipped_byte_anywhere_is_refused_in_one_sentence(artifact: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(artifact, tmp_path / "copy"))
+    files = sorted(p for p in out.rglob("*") if p.is_file())
+    rng = random.Random(0)
+    for i in range(MUTATIONS):
+        path = files[i % len(files)]
+        whole = path.read_bytes()
+        at = rng.randrange(len(whole))
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << rng.randrange(8))]) + whole[at + 1 :])
+        said = refusal(out)
+        assert said and "\n" not in said, f"{path.name} byte {at}"
+        path.write_bytes(whole)
+    assert refusal(out) == ""
+
+
+def test_a_truncated_file_is_refused_in_one_sentence(artifact: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(artifact, tmp_path / "copy"))
+    rng = random.Random(1)
+    for path in sorted(p for p in out.rglob("*") if p.is_file()):
+        whole = path.read_bytes()
+        for length in (0, 1, len(whole) - 1, rng.randrange(len(whole))):
+            path.write_bytes(whole[:length])
+            assert refusal(out), f"{path.name} cut to {length}"
+        path.write_bytes(whole)
+
+
+def test_damage_to_the_engines_file_is_refused_even_where_its_hash_was_rewritten(artifact: Path, tmp_path: Path) -> None:
+    """Whoever rewrites the manifest still has to get past the integers and the golden outputs."""
+    out = Path(shutil.copytree(artifact, tmp_path / "copy"))
+    path, rng = out / "model.gguf", random.Random(2)
+    whole = path.read_bytes()
+    integers = whole.index(b"blk.0.attn_q.weight")
+    refused = 0
+    for i in range(24):
+        at = rng.randrange(len(whole) // 2, len(whole)) if i % 2 else rng.randrange(integers)
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])
+        reseal_files(out)
+        (row,) = verify_all(out, run=False)
+        refused += not row.ok
+        assert "\n" not in row.problem
+    # vocabulary and metadata are not integers: they are for the signature
+    assert refused >= 12
+
+
+def swap_tokenizer(out: Path) -> None:
+    body = json.loads((out / "tokenizer.json").read_text())
+    merges = body["model"]["merges"]
+    merges[0], merges[1] = merges[1], merges[0]
+    (out / "tokenizer.json").write_text(json.dumps(body))
+
+
+def edit(name: str, **changes: object) -> Callable[[Path], None]:
+    def change(out: Path) -> None:
+        body = json.loads((out / name).read_text())
+        (out / name).write_text(rendered(body | changes))
+
+    return change
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], bool, str]] = {
+    "a swapped tokenizer": (swap_tokenizer, False, "tokenizer.json is not the file that was written"),
+    "a swapped tokenizer, resealed": (swap_tokenizer, True, "tokenizer.json is not the one that parity was measured"),
+    "a missing template": (lambda o: (o / "chat_template.jinja").unlink(), False, "lacks chat_template.jinja"),
+    "a missing template, resealed": (lambda o: (o / "chat_template.jinja").unlink(), True, "chat_template.jinja"),
+    "a file too many": (lambda o: (o / "extra.so").write_bytes(b"x"), False, "holds extra.so, which its manifest does"),
+    "no manifest": (lambda o: (o / "manifest.json").unlink(), False, "has no manifest.json"),
+    "no parity": (lambda o: (o / "parity.json").unlink(), True, "parity.json"),
+    "another parity": (edit("parity.json", schema_version=2), True, "version that this gori does not read"),
+    "an unknown target": (edit("parity.json", target="onnx"), True, "version that this gori does not read"),
+    "a parity of nothing": (lambda o: (o / "parity.json").write_text("[]"), True, "parity.json"),
+    "a parity without parts": (
+        lambda o: (o / "parity.json").write_text('{"schema_version": 1, "target": "gguf"}'), True, "parity.json",
+    ),
+    "a golden of another version": (edit("golden.json", schema_version=9), True, "golden.json has version 9"),
+    "a golden without rows": (edit("golden.json", rows=[]), True, "golden"),
+    "a golden of words": (edit("golden.json", rows=[{"prompt": ["a"], "top": [], "log_p": []}]), True, "golden"),
+    "a golden with foreign ids": (
+        edit("golden.json", rows=[{"prompt": [10**6], "top": [[1]], "log_p": [[0.0]]}]), True, "",
+    ),
+    "integers of nothing": (edit("integers.json", tensors={}), True, "integers.json"),
+    "integers of another kind": (edit("integers.json", tensors=[1]), True, "integers.json"),
+    "a manifest of a later gori": (lambda o: seal(o, schema_version=2), False, "has schema version 2"),
+    "a manifest of another stage": (lambda o: seal(o, stage="quantize"), False, "only exported artifacts"),
+    "a manifest of a list": (lambda o: (o / "manifest.json").write_text("[]\n"), False, "manifest.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage_is_refused_in_one_sentence(what: str, copy: Path) -> None:
+    change, resealed, message = DAMAGE[what]
+    change(copy)
+    if resealed:
+        reseal_files(copy)
+    said = refusal(copy)
+    assert message in said and said and "\n" not in said
+    run = CliRunner().invoke(verify, [str(copy)])
+    assert isinstance(run.exception, GoriError)
+
+
+def test_an_engine_that_answers_otherwise_is_refused(copy: Path) -> None:
+    """Golden outputs of another model: the hashes are right, the answers are not."""
+    body = json.loads((copy / "golden.json").read_text())
+    for row in body["rows"]:
+        row["top"] = row["top"][::-1]
+    (copy / "golden.json").write_text(rendered(body))
+    reseal_files(copy)
+    assert "does not answer as it did when it was made" in refusal(copy)
+
+
+def test_one_bad_artifact_does_not_keep_the_others_from_being_checked(artifact: Path, tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        shutil.copytree(artifact, tmp_path / name)
+    (tmp_path / "b" / "parity.json").write_text("{")
+    rows = verify_all(tmp_path, run=False)
+    assert [(r.directory.name, r.ok) for r in rows] == [("a", True), ("b", False), ("c", True)]
+
+
+def test_nothing_to_verify_is_said(tmp_path: Path) -> None:
+    with pytest.raises(GoriError, match="holds no exported artifact"):
+        verify_all(tmp_path)
+    with pytest.raises(GoriError, match="is not a directory"):
+        verify_all(tmp_path / "none")
+
+
+def test_verifying_a_gguf_loads_no_torch(artifact: Path) -> None:
+    code = f"from gori.cli import main; main(['verify', {str(artifact)!r}, '--json'])"
+    check = f"import sys, contextlib\nwith contextlib.suppress(SystemExit): {code.replace('; ', chr(10) + ' ')}\n"
+    code = f"import sys\nfrom gori.cli import main\ntry: main(['verify', {str(artifact)!r}])\nexcept SystemExit: pass\n"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}print('TORCH', 'torch' in sys.modules)"], capture_output=True, text=True, check=True
+    )
+    assert "TORCH False" in done.stdout and check
+
+
+def keys(directory: Path, curve: ec.EllipticCurve) -> tuple[Path, Path]:
+    private = ec.generate_private_key(curve)
+    pem, public = directory / "private.pem", directory / "public.pem"
+    none = serialization.NoEncryption()
+    pem.write_bytes(private.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, none))
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    public.write_bytes(private.public_key().public_bytes(serialization.Encoding.PEM, form))
+    return pem, public
+
+
+@pytest.mark.parametrize("curve", [ec.SECP256R1(), ec.SECP384R1()])
+def test_a_signed_artifact_verifies_with_its_key_and_no_other(
+    curve: ec.EllipticCurve, copy: Path, tmp_path: Path
+) -> None:
+    pem, public = keys(tmp_path, curve)
+    (tmp_path / "other").mkdir()
+    _, other = keys(tmp_path / "other", curve)
+    run = CliRunner().invoke(sign, [str(copy), "--key", str(pem), "--json"])
+    assert run.exit_code == 0, run.output
+    assert verify_one(copy, public, run=False).signed is True
+    assert verify_one(copy, run=False).ok
+    assert "is not one that" in verify_one(copy, other, run=False).problem
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "tools.json", "manifest.json", "signature.json"])
+def test_a_signed_artifact_that_was_changed_and_resealed_is_refused(name: str, copy: Path, tmp_path: Path) -> None:
+    pem, public = keys(tmp_path, ec.SECP256R1())
+    sign_artifact(copy, str(pem))
+    if name == "manifest.json":
+        seal(copy, seed=1)
+    else:
+        whole = (copy / name).read_bytes()
+        middle = len(whole) // 2
+        (copy / name).write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+        reseal_files(copy)
+    with pytest.raises(GoriError, match="is not one that .*public.pem verifies"):
+        check_signature(copy, public)
+
+
+def test_signing_again_replaces_the_signature(copy: Path, tmp_path: Path) -> None:
+    pem, public = keys(tmp_path, ec.SECP256R1())
+    sign_artifact(copy, str(pem))
+    sign_artifact(copy, str(pem))
+    check_signature(copy, public)
+
+
+def test_what_cannot_sign_or_was_not_signed_is_refused(copy: Path, tmp_path: Path) -> None:
+    pem, public = keys(tmp_path, ec.SECP256R1())
+    with pytest.raises(GoriError, match="is not signed: `gori sign"):
+        check_signature(copy, public)
+    with pytest.raises(GoriError, match="is not a file: name a PEM file of an ECDSA private key"):
+        sign_artifact(copy, str(tmp_path / "none.pem"))
+    with pytest.raises(GoriError, match="does not sign"):
+        sign_artifact(copy, str(public))
+    (copy / "tools.json").write_text("[1]")
+    with pytest.raises(GoriError, match="not the file that was written"):
+        sign_artifact(copy, str(pem))
+
+
+SOFTHSM = next((p for p in map(Path, ("/usr/lib/softhsm/libsofthsm2.so",)) if p.exists()), None)
+
+
+@pytest.mark.skipif(SOFTHSM is None, reason="no PKCS#11 token here: Debian's softhsm2 brings one in software")
+def test_a_key_on_a_pkcs11_token_signs(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.mkdir()
+    (tmp_path / "softhsm2.conf").write_text(f"directories.tokendir = {tokens}\nobjectstore.backend = file\n")
+    monkeypatch.setenv("SOFTHSM2_CONF", str(tmp_path / "softhsm2.conf"))
+    pem, public = keys(tmp_path, ec.SECP256R1())
+    label = ["--token", "gori", "--pin", "1234"]
+    for command in (
+        ["--init-token", "--free", "--label", "gori", "--pin", "1234", "--so-pin", "5678"],
+        ["--import", str(pem), *label, "--label", "release", "--id", "01"],
+    ):
+        subprocess.run(["softhsm2-util", *command], check=True, capture_output=True)
+    uri = f"pkcs11:token=gori;object=release?module-path={SOFTHSM}&pin-value=1234"
+    body = sign_artifact(copy, uri)
+    assert body["files"] > 5
+    check_signature(copy, public)
+    with pytest.raises(GoriError, match="does not sign") as e:
+        sign_artifact(copy, uri.replace("release", "none"))
+    assert "1234" not in str(e.value)
+
+
+def test_the_bill_of_materials_is_valid_cyclonedx(artifact: Path) -> None:
+    from cyclonedx.schema import SchemaVersion
+    from cyclonedx.validation.json import JsonStrictValidator
+
+    text = (artifact / "bom.cdx.json").read_text()
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    body = json.loads(text)
+    kinds = {c["type"] for c in body["components"]}
+    assert {"file", "library", "platform"} <= kinds and body["metadata"]["component"]["type"] == "machine-learning-model"
+    hashes = {c["name"]: c["hashes"][0]["content"] for c in body["components"] if c["type"] == "file"}
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    assert hashes["model.gguf"] == manifest["files"]["model.gguf"]["sha256"]
+
+
+def test_the_same_export_writes_the_same_bytes_again(artifact: Path, tmp_path: Path) -> None:
+    export("gguf", artifact.parent / "student", tmp_path / "again", context=CONTEXT, chunk=CHUNK)
+    names = sorted(p.name for p in artifact.iterdir())
+    assert names == sorted(p.name for p in (tmp_path / "again").iterdir())
+    for name in set(names) - {"manifest.json"}:
+        assert (artifact / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
