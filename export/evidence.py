@@ -28,25 +28,22 @@ def write(directory: Path, w: Weights, row: Target, o: Options, manifest: Manife
 
 
 def memory(w: Weights, row: Target, o: Options, metrics: dict[str, Any]) -> dict[str, Any]:
-    """What a process needs for this model, by part, in bytes: from the file and the shapes, nothing measured."""
+    """What a process needs for this model, by part, in bytes: from the file, the shapes and, where the writer knows it,
+    the engine's own plan (`planned_bytes` of its metrics). Nothing is measured here."""
     width = 2 if row.arithmetic == "float16" else 4
-    cfg = w.cfg
+    cfg, planned = w.cfg, metrics.get("planned_bytes")
     cache = 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * o.context * width
-    parts = {
-        "file": metrics["file_bytes"],
-        "kv_cache": cache,
-        "logits": cfg.vocab_size * width,
-        **metrics.get("planned_bytes", {}),
-    }
+    parts = {"file": metrics["file_bytes"], "kv_cache": cache}
+    parts["activations" if planned else "logits"] = planned - cache if planned else cfg.vocab_size * width
+    missing = [*([] if planned else ["activations"]), "the engine's own code and heap"]
+    missing += ["copies of weights that it packs at loading", "the tokenizer"]
     return {
         "schema_version": 1,
         "context": o.context,
         "chunk": o.chunk,
         "bytes": parts,
-        "total_bytes": sum(v for k, v in parts.items() if k != "activations_and_kv_cache")
-        if "activations_and_kv_cache" not in parts
-        else parts["file"] + parts["activations_and_kv_cache"],
-        "not_counted": "the engine's own code and heap, weights that it packs again at loading, the tokenizer",
+        "total_bytes": sum(parts.values()),
+        "not_counted": ", ".join(missing),
     }
 
 

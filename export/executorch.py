@@ -37,7 +37,8 @@ def write(w: Weights, out: Path, o: Options) -> dict[str, Any]:
     (out / PTE).write_bytes(lowered.pte)
     count = len(linear_names(w.cfg, w.head_name))
     log(f"{len(lowered.delegated)}/{count} linears delegated")
-    return {"delegated_linears": len(lowered.delegated), "linears": count}
+    facts = {"delegated_linears": len(lowered.delegated), "linears": count}
+    return {**facts, "planned_bytes": lowered.planned_bytes}
 
 
 def load_exporter() -> None:

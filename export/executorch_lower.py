@@ -40,10 +40,13 @@ MATMULS = {edge.linear.default, edge.mm.default, edge.addmm.default, edge.bmm.de
 
 @dataclass(frozen=True)
 class Lowered:
-    """A program's bytes and which linear layers XNNPACK holds in it, by module path."""
+    """A program's bytes."""
 
     pte: bytes
     delegated: tuple[str, ...]
+    """The linear layers that XNNPACK holds, by module path."""
+    planned_bytes: int
+    """Of the memory that the program plans for caches and activations."""
 
 
 class Partitioner(XnnpackPartitioner):
@@ -101,4 +104,5 @@ def lower(graph: nn.Module, chunk: int, metadata: dict[str, int | bool | list[in
             sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
         )
     )
-    return Lowered(bytes(program.buffer), partitioner.delegated)
+    plan = next(p for p in program.executorch_program.execution_plan if p.name == "forward")
+    return Lowered(bytes(program.buffer), partitioner.delegated, sum(plan.non_const_buffer_sizes))

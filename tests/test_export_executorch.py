@@ -238,7 +238,7 @@ def test_a_file_that_is_not_the_checkpoints_stops_the_export_and_nothing_is_left
     name, change, message = FAULTS[fault]
     other = changed_checkpoint(source, tmp_path / "c", name, change)
     # lowering that carries something else than what it was given: another checkpoint's file
-    lowered = lowering.Lowered((out / "model.pte").read_bytes(), ("",) * 8)
+    lowered = lowering.Lowered((out / "model.pte").read_bytes(), ("",) * 8, 0)
     monkeypatch.setattr(lowering, "lower", lambda *_: lowered)
     with pytest.raises(GoriError, match=message):
         export("executorch", other, tmp_path / "out", context=CONTEXT, chunk=CHUNK)
