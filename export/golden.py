@@ -116,6 +116,8 @@ def read(directory: Path) -> Golden:
         raise GoriError(f"{path} has version {body.get('schema_version')}, this gori reads {VERSION}: export again")
     try:
         rows = body["rows"]
+        if not rows:
+            raise ValueError("no rows")
         golden = Golden(
             [[int(i) for i in r["prompt"]] for r in rows],
             np.array([r["top"] for r in rows], dtype=np.int64),

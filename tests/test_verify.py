@@ -122,7 +122,9 @@ def test_a_truncated_file_is_refused_in_one_sentence(artifact: Path, tmp_path: P
         path.write_bytes(whole)
 
 
-def test_damage_to_the_engines_file_is_refused_even_where_its_hash_was_rewritten(artifact: Path, tmp_path: Path) -> None:
+def test_damage_to_the_engines_file_is_refused_even_where_its_hash_was_rewritten(
+    artifact: Path, tmp_path: Path
+) -> None:
     """Whoever rewrites the manifest still has to get past the integers and the golden outputs."""
     out = Path(shutil.copytree(artifact, tmp_path / "copy"))
     path, rng = out / "model.gguf", random.Random(2)
@@ -167,7 +169,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], bool, str]] = {
     "an unknown target": (edit("parity.json", target="onnx"), True, "version that this gori does not read"),
     "a parity of nothing": (lambda o: (o / "parity.json").write_text("[]"), True, "parity.json"),
     "a parity without parts": (
-        lambda o: (o / "parity.json").write_text('{"schema_version": 1, "target": "gguf"}'), True, "parity.json",
+        lambda o: (o / "parity.json").write_text('{"schema_version": 1, "target": "gguf"}'), True, "did not write",
     ),
     "a golden of another version": (edit("golden.json", schema_version=9), True, "golden.json has version 9"),
     "a golden without rows": (edit("golden.json", rows=[]), True, "golden"),
@@ -175,7 +177,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], bool, str]] = {
     "a golden with foreign ids": (
         edit("golden.json", rows=[{"prompt": [10**6], "top": [[1]], "log_p": [[0.0]]}]), True, "",
     ),
-    "integers of nothing": (edit("integers.json", tensors={}), True, "integers.json"),
+    "integers of nothing": (edit("integers.json", tensors={}), True, "8 of 8 tensors in"),
     "integers of another kind": (edit("integers.json", tensors=[1]), True, "integers.json"),
     "a manifest of a later gori": (lambda o: seal(o, schema_version=2), False, "has schema version 2"),
     "a manifest of another stage": (lambda o: seal(o, stage="quantize"), False, "only exported artifacts"),
@@ -221,13 +223,9 @@ def test_nothing_to_verify_is_said(tmp_path: Path) -> None:
 
 
 def test_verifying_a_gguf_loads_no_torch(artifact: Path) -> None:
-    code = f"from gori.cli import main; main(['verify', {str(artifact)!r}, '--json'])"
-    check = f"import sys, contextlib\nwith contextlib.suppress(SystemExit): {code.replace('; ', chr(10) + ' ')}\n"
     code = f"import sys\nfrom gori.cli import main\ntry: main(['verify', {str(artifact)!r}])\nexcept SystemExit: pass\n"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{code}print('TORCH', 'torch' in sys.modules)"], capture_output=True, text=True, check=True
-    )
-    assert "TORCH False" in done.stdout and check
+    command = [sys.executable, "-c", f"{code}print('TORCH', 'torch' in sys.modules)"]
+    assert "TORCH False" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def keys(directory: Path, curve: ec.EllipticCurve) -> tuple[Path, Path]:
@@ -322,7 +320,9 @@ def test_the_bill_of_materials_is_valid_cyclonedx(artifact: Path) -> None:
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
     body = json.loads(text)
     kinds = {c["type"] for c in body["components"]}
-    assert {"file", "library", "platform"} <= kinds and body["metadata"]["component"]["type"] == "machine-learning-model"
+    assert {"file", "library", "platform"} <= kinds and body["metadata"]["component"][
+        "type"
+    ] == "machine-learning-model"
     hashes = {c["name"]: c["hashes"][0]["content"] for c in body["components"] if c["type"] == "file"}
     manifest = json.loads((artifact / "manifest.json").read_text())
     assert hashes["model.gguf"] == manifest["files"]["model.gguf"]["sha256"]
