@@ -197,7 +197,7 @@ def table(rows: list[Row]) -> Table:
 def _cells(r: Row) -> tuple[str, ...]:
     e, signed = r.entry, {None: "–", True: "yes", False: "NO"}[r.signed]
     name = r.directory.name
-    if not e:
+    if r.problem:
         return (name, "", "", "", "", "", "", "", f"REFUSED: {r.problem}", signed)
     ran = f"{e['engine']} {e['engine_version']}" + ("" if e["executed"] else " (not the device)")
     parity = (e.get("parity") or {}).get("engine")
@@ -208,5 +208,4 @@ def _cells(r: Row) -> tuple[str, ...]:
         else ("–", "–", "–", "–")
     )  # fmt: skip
     here = f"KL {r.here['kl_mean']:.1e}, {r.here['same_answers']}/{r.here['answers']}" if r.here else r.not_run
-    here = f"REFUSED: {r.problem}" if r.problem else here
     return (name, ran, f"{r.tensors} {r.integers[:8]}", *figures, f"{e['file_bytes']:,}", here, signed)

@@ -77,11 +77,12 @@ def test_a_folder_of_transformers_is_quantized_exported_and_verified(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_float_folder_exports_as_transformers_computes_it(kind: str, tmp_path: Path) -> None:
-    model = write_foreign(kind, tmp_path / "hf", tied=True)
+    write_foreign(kind, tmp_path / "hf", tied=True)
+    model = KINDS[kind][1].from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     export("gguf", tmp_path / "hf", tmp_path / "out", context=48, chunk=16)
     ids = torch.randint(3, 1000, (1, 40), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        want = model.float()(ids).logits[0, -1].log_softmax(-1)
+        want = model(ids).logits[0, -1].log_softmax(-1)
     got = torch.from_numpy(open_session(tmp_path / "out").prefill(ids[0].tolist())).log_softmax(-1)
     # bfloat16 weights are exact in float32; what remains is float32 summed in another order
     torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
@@ -91,8 +92,7 @@ def test_a_vocabulary_of_164_thousand_goes_the_same_way(tmp_path: Path) -> None:
     write_foreign("qwen2", tmp_path / "hf", tied=True, vocab_size=164000)
     quantize(tmp_path / "hf", "w8a8-channel", None, "rtn", tmp_path / "w8")
     manifest = export("gguf", tmp_path / "w8", tmp_path / "out", context=32, chunk=16)
-    sizes = manifest["metrics"]
-    assert sizes["file_bytes"] <= 1.15 * sizes["packed_bytes"] + 100_000
+    assert manifest["metrics"]["tensors_read_back"] == 15
     assert open_session(tmp_path / "out").info.vocab_size == 164000
     assert quantized.read(tmp_path / "w8")[0].shared_head
 
@@ -103,4 +103,4 @@ def test_generation_settings_of_the_folder_reach_the_file(tmp_path: Path) -> Non
     (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(body | {"eos_token_id": [2, 7]}))
     export("gguf", tmp_path / "hf", tmp_path / "out", context=48, chunk=16)
     info = open_session(tmp_path / "out").info
-    assert info.eos_ids == (2, 7) and info.bos_id == 1
+    assert (info.eos_ids, info.bos_id) == ((2, 7), 1)
