@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "export": {"teacher", "distill", "quantize", "export", "runtime"},
     "runtime": {"runtime"},
 }
-EVERYWHERE = {"gori/cli.py", "gori/pipeline.py", "gori/commands.py", "gori/__main__.py"}
+EVERYWHERE = {"gori/cli.py", "gori/pipeline.py", "gori/commands.py", "gori/__main__.py", "gori/targets.py"}
+"""Targets.py only names the modules of exporters and engines, as the command line's table does."""
 MODULES = sorted(p.relative_to(ROOT).as_posix() for room in ("gori", *ROOMS) for p in (ROOT / room).glob("*.py"))
 
 
@@ -125,7 +126,9 @@ def loaded_by(code: str) -> set[str]:
         "import gori.cli, gori.commands, gori.recipe, gori.data, gori.corpus, gori.tokenizer, gori.artifact",
         "import gori.runtime, gori.runtime.session, gori.runtime.generate, gori.runtime.bench, gori.runtime.commands",
         "import gori.evaluate, gori.summary, gori.gates, gori.incar",
-        "import gori.teacher, gori.distill, gori.quantize, gori.export",
+        "import gori.teacher, gori.distill, gori.quantize, gori.export, gori.targets",
+        "import gori.export.verify, gori.export.golden, gori.export.contents, gori.export.signing, gori.export.commands",
+        "import gori.export.gguf_read, gori.runtime.gguf, gori.export.litert_read, gori.runtime.litert",
         "import contextlib\nfrom gori.cli import main\nwith contextlib.suppress(SystemExit): main(['--help'])",
     ],
 )
@@ -135,3 +138,17 @@ def test_what_needs_no_torch_does_not_load_it(code: str) -> None:
 
 def test_a_heavy_package_would_be_noticed() -> None:
     assert "torch" in loaded_by("import gori.model")
+
+
+def test_the_readmes_table_of_targets_is_the_one_in_the_code() -> None:
+    from gori.targets import TARGETS, markdown
+
+    assert markdown() in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all((ROOT / "docs" / t.docs).exists() for t in TARGETS.values())
+
+
+def test_a_recipe_may_name_every_target() -> None:
+    from gori.recipe import Export
+    from gori.targets import TARGETS
+
+    assert [Export.model_validate({"target": name}).target for name in TARGETS] == list(TARGETS)
