@@ -95,11 +95,12 @@ def quantize_activations(x: Tensor) -> Tensor:
 
 def round_q8_0(x: Tensor) -> Tensor:
     """Round float32 `[..., D]` to symmetric int8 in blocks of 32 with float16 scales and back, as llama.cpp does to the
-    input of every product with Q4_0 and Q8_0 weights (ggml's `quantize_row_q8_0`)."""
+    input of every product with Q4_0 and Q8_0 weights (ggml's `quantize_row_q8_0` on x86: products with 127 / largest,
+    halves to even). Its portable C and its ARM code multiply with 1 / scale, so a value at a half may differ there."""
     blocks = x.unflatten(-1, (-1, 32))
-    scale = blocks.abs().amax(-1, keepdim=True) / 127
-    q = (blocks * torch.where(scale > 0, 1 / scale, 0)).round()
-    return (q * scale.half().float()).flatten(-2)
+    largest = blocks.abs().amax(-1, keepdim=True)
+    q = (blocks * torch.where(largest > 0, 127 / largest, 0)).round()
+    return (q * (largest / 127).half().float()).flatten(-2)
 
 
 ROUNDINGS = ("scheme", "none", "q8_0")

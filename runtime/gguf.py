@@ -1,25 +1,31 @@
 """The session over a .gguf by llama.cpp, as the wheel xllamacpp carries it: no torch, no compiler.
 
-The wheel holds llama.cpp's server, so a request is JSON and so is the answer: token ids in, the log-probability of
-every token out, computed from the raw logits. The keys and values of a prefix stay in the server's one slot; a request
-names the whole history, and what the slot holds of it is not computed again.
+The wheel's own interface is llama.cpp's server, whose answers are JSON and hold log-probabilities in place of logits.
+Its one library also exports llama.cpp's C interface (llama.h), and that is what is called here: token ids in, float32
+logits out, float32 caches, attention without blocks.
+
+llama.h passes settings in structures that grow from version to version. They are kept as bytes, and what they hold by
+default is compared with what is known of them before a field is set: another layout is refused, not guessed.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import importlib
 import importlib.metadata
-import json
 import re
-import secrets
+import struct
+import weakref
 from collections.abc import Sequence
+from ctypes import CFUNCTYPE, POINTER, c_bool, c_char_p, c_float, c_int32, c_uint32, c_void_p
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gori.errors import GoriError
-from gori.runtime.gguf_header import Header, first, read_header
+from gori.runtime.gguf_header import Header, read_header
 from gori.runtime.session import Logits, Session, SessionInfo
 
 GGUF = "model.gguf"
@@ -27,77 +33,125 @@ DEFAULT_THREADS = 1
 LONGEST_CONTEXT = 4096
 """Tokens that are allocated for a file that gori did not write; its own say how many."""
 BATCH = 512
-"""Tokens that llama.cpp computes at once, at most; its own default."""
-QUIET = 0
-"""llama.cpp's verbosity: its own output alone. 1 adds errors, 2 warnings."""
-CONTEXT, BOS, EOS = "gori.context", "gori.bos_token_id", "gori.eos_token_ids"
+"""Tokens that are computed at once, at most, for a file that gori did not write: llama.cpp's default."""
+CONTEXT, CHUNK, BOS, EOS = "gori.context", "gori.chunk", "gori.bos_token_id", "gori.eos_token_ids"
 """Metadata that gori writes."""
-LEAST_LOG_P = -104.0
-"""About the logarithm of float32's smallest number. llama.cpp computes a probability in float32 and writes its
-logarithm; where that is 0 it writes the lowest float."""
-_ID, _LOG_P = re.compile(rb'"id":(\d+)'), re.compile(rb'"logprob":(-?[0-9.e+-]+)')
+ERROR = 4
+"""ggml's level of a log line."""
+ROOM_BYTES = 1024
+"""For a structure of llama.h that is passed by value; the largest has 160. Who calls and who is called agree on where
+it begins, so room behind it does no harm."""
+CONTEXT_DEFAULTS = struct.pack(
+    "<10i4i2i4fif6i",
+    *(512, 2048, 512, 1, 0, 0, 1, 4, 4, 0),  # tokens, batches, sequences, outputs, threads, kind of context
+    *(-1, -1, -1, -1),  # RoPE scaling, pooling, attention, flash attention: by the model
+    *(0, 0, -1.0, -1.0, -1.0, -1.0, 0, -1.0),  # RoPE's and YaRN's numbers
+    *(0, 0, 0, 0, 1, 1),  # a callback and its argument; float16 caches
+)
+N_CTX, N_BATCH, N_UBATCH, FLASH_ATTENTION, TYPE_K, TYPE_V = 0, 4, 8, 52, 104, 108
+"""Where the fields stand that are set."""
+MODEL_DEFAULTS = struct.pack("<qqii", 0, 0, -1, 1)  # devices, overrides, layers on a GPU, how layers are split
+N_GPU_LAYERS = 16
 
 
+class _Struct(ctypes.Structure):
+    """llama_model_params, llama_context_params or llama_batch, as bytes."""
+
+    _fields_ = [("room", ctypes.c_uint8 * ROOM_BYTES)]
+
+    def set(self, at: int, value: int) -> None:
+        struct.pack_into("<i", self.room, at, value)
+
+
+_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "llama_backend_init": (None, ()),
+    "llama_log_set": (None, (c_void_p, c_void_p)),
+    "llama_model_default_params": (_Struct, ()),
+    "llama_context_default_params": (_Struct, ()),
+    "llama_model_load_from_file": (c_void_p, (c_char_p, _Struct)),
+    "llama_model_free": (None, (c_void_p,)),
+    "llama_model_get_vocab": (c_void_p, (c_void_p,)),
+    "llama_vocab_n_tokens": (c_int32, (c_void_p,)),
+    "llama_init_from_model": (c_void_p, (c_void_p, _Struct)),
+    "llama_free": (None, (c_void_p,)),
+    "llama_n_ctx": (c_uint32, (c_void_p,)),
+    "llama_n_batch": (c_uint32, (c_void_p,)),
+    "llama_set_n_threads": (None, (c_void_p, c_int32, c_int32)),
+    "llama_get_memory": (c_void_p, (c_void_p,)),
+    "llama_memory_seq_rm": (c_bool, (c_void_p, c_int32, c_int32, c_int32)),
+    "llama_batch_get_one": (_Struct, (c_void_p, c_int32)),
+    "llama_decode": (c_int32, (c_void_p, _Struct)),
+    "llama_get_logits_ith": (POINTER(c_float), (c_void_p, c_int32)),
+}
+"""Function → what it returns and takes."""
+_LogLine = CFUNCTYPE(None, c_int32, c_char_p, c_void_p)
+_errors: list[str] = []
+"""What llama.cpp called an error since `open_gguf` began."""
+
+
+@_LogLine
+def _keep_errors(level: int, text: bytes | None, _: int | None) -> None:
+    if level == ERROR and text:
+        _errors.append(text.decode("utf-8", errors="replace").strip())
+
+
+@functools.cache
 def load_engine() -> Any:
-    """The module xllamacpp; GoriError if the wheel is missing."""
+    """llama.cpp's C functions; GoriError where the wheel is missing or is not laid out as this file knows it."""
     try:
-        return importlib.import_module("xllamacpp")
+        module = importlib.import_module("xllamacpp.xllamacpp")
     except ImportError as e:
         raise GoriError("running a .gguf needs llama.cpp: pip install 'gori[gguf]'") from e
+    assert module.__file__ is not None
+    library = ctypes.CDLL(module.__file__)
+    missing = [name for name in _SIGNATURES if not hasattr(library, name)]
+    for name, (result, arguments) in _SIGNATURES.items() if not missing else ():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    if missing or not (
+        bytes(library.llama_context_default_params().room).startswith(CONTEXT_DEFAULTS)
+        and bytes(library.llama_model_default_params().room).startswith(MODEL_DEFAULTS)
+    ):
+        raise GoriError(
+            f"xllamacpp {importlib.metadata.version('xllamacpp')} holds another llama.cpp than gori knows: install the "
+            "version that pip install 'gori[gguf]' names"
+        )
+    library.llama_log_set(ctypes.cast(_keep_errors, c_void_p), None)
+    library.llama_backend_init()
+    return library
 
 
 class GgufSession(Session):
-    """One loaded model with one slot; see Session. `info.log_probabilities` is true."""
+    """One loaded model and its cache; see Session."""
 
-    def __init__(self, server: Any, info: SessionInfo) -> None:
+    def __init__(self, library: Any, model: int, context: int, info: SessionInfo) -> None:
         super().__init__()
         self.info = info
-        self._server = server
+        self._library, self._context = library, context
+        self._free = weakref.finalize(self, _free, library, model, context)
 
     def _run(self, ids: Sequence[int], start: int) -> Logits:
-        # the history that ends at `start` is what the slot's cache begins with: its ids are compared, not recomputed
-        return self._log_probabilities([*self._written[:start], *ids])
-
-    def _log_probabilities(self, prompt: list[int]) -> Logits:
-        answer = self._ask({"prompt": prompt, "n_probs": self.info.vocab_size})
-        tokens = np.array(_ID.findall(answer)[1:], dtype=np.int64)  # the first is the sampled token, said twice
-        log_p = np.array(_LOG_P.findall(answer)[1:], dtype=np.float64)
-        if len(tokens) != self.info.vocab_size or len(log_p) != len(tokens):
+        if not self._free.alive:
+            raise GoriError(f"the session of {self.info.path} is closed: open the file again")
+        lib = self._library
+        tokens = (c_int32 * len(ids))(*ids)
+        lib.llama_memory_seq_rm(lib.llama_get_memory(self._context), 0, start, -1)
+        if (code := lib.llama_decode(self._context, lib.llama_batch_get_one(tokens, len(ids)))) != 0:
             raise GoriError(
-                f"llama.cpp {self.info.engine_version} gave {len(tokens)} of {self.info.vocab_size} log-probabilities: "
-                "install the version that constraints.txt names"
+                f"llama.cpp failed with {code} on {len(ids)} tokens at position {start} of {self.info.path}: reset the "
+                "session, or export the file again"
             )
-        found = np.empty(self.info.vocab_size)
-        found[tokens] = np.maximum(log_p, LEAST_LOG_P)
-        # its float32 sum over the vocabulary is off by some 1e-6, the same for every token
-        return (found - np.log(np.exp(found).sum())).astype(np.float32)
-
-    def _ask(self, request: dict[str, Any]) -> bytes:
-        """The answer to a completion of one token; nothing is sampled from a distribution that was cut or bent."""
-        fixed = {"n_predict": 1, "temperature": 0, "cache_prompt": True, "post_sampling_probs": False}
-        answers: list[bytes] = []
-        self._server.handle_completions(json.dumps(request | fixed).encode(), answers.append)
-        if len(answers) != 1 or answers[0].startswith(b'{"error"'):
-            said = answers[0].decode("utf-8", errors="replace")[:300] if answers else "nothing"
-            raise GoriError(f"llama.cpp refused {len(request['prompt'])} tokens of {self.info.path}: it said {said}")
-        return answers[0]
+        logits = lib.llama_get_logits_ith(self._context, -1)
+        return np.ctypeslib.as_array(logits, (self.info.vocab_size,)).copy()
 
     def close(self) -> None:
-        """End the engine's threads and free the model; the session cannot be used afterwards."""
-        self._server = None
+        """Free the model and its cache now; without it they go with the session."""
+        self._free()
 
 
-def open_gguf(file: Path, threads: int | None) -> GgufSession:
-    """Load a .gguf, gori's or another's."""
-    header = read_header(file)
-    engine = load_engine()
-    context = context_of(header)
-    count = threads or DEFAULT_THREADS
-    try:
-        server = engine.Server(parameters(engine, file, context, count))
-    except RuntimeError as e:
-        raise GoriError(f"{file} is not a GGUF that this llama.cpp loads ({e}): export it again") from e
-    return GgufSession(server, info_of(header, file, context, count))
+def _free(library: Any, model: int, context: int) -> None:
+    library.llama_free(context)
+    library.llama_model_free(model)
 
 
 def open_directory(directory: Path, threads: int | None) -> GgufSession:
@@ -105,56 +159,89 @@ def open_directory(directory: Path, threads: int | None) -> GgufSession:
     return open_gguf(directory / GGUF, threads)
 
 
-def parameters(engine: Any, file: Path, context: int, threads: int) -> Any:
-    """What llama.cpp's server is started with: float32 caches, plain attention, one slot, all layers on the CPU."""
-    p = engine.CommonParams()
-    p.model.path = str(file)
-    p.n_ctx = context + 1  # the server wants room for the token that it samples
-    p.n_batch = p.n_ubatch = min(BATCH, context + 1)
-    p.n_parallel, p.n_gpu_layers = 1, 0
-    p.cpuparams.n_threads = p.cpuparams_batch.n_threads = threads
-    p.cache_type_k = p.cache_type_v = engine.ggml_type.GGML_TYPE_F32
-    p.flash_attn_type = engine.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    p.fit_params = p.warmup = p.ctx_shift = p.ui = p.endpoint_slots = False
-    p.cache_ram_mib = p.n_ctx_checkpoints = 0
-    p.cache_idle_slots = False
-    p.verbosity = QUIET
-    # the server also listens on a port of this machine: nobody has its key
-    p.n_threads_http, p.api_keys = 1, [secrets.token_hex(32)]
+def open_gguf(file: Path, threads: int | None) -> GgufSession:
+    """Load a .gguf, gori's or another's.
+
+    Raises GoriError for a file that is damaged as far as its head shows it, and for one that llama.cpp does not load.
+    """
+    header = read_header(file)
+    check_consistent(header, file)
+    info = describe(header, file, threads or DEFAULT_THREADS)
+    lib = load_engine()
+    _errors.clear()
+    settings = lib.llama_model_default_params()
+    settings.set(N_GPU_LAYERS, 0)
+    model = lib.llama_model_load_from_file(str(file).encode(), settings)
+    if not model:
+        raise GoriError(f"{file} is not a GGUF that this llama.cpp loads ({_said()}): export it again")
+    tokens = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+    context = lib.llama_init_from_model(model, context_settings(lib, info)) if tokens == info.vocab_size else None
+    if not context:
+        lib.llama_model_free(model)
+        why = _said() if tokens == info.vocab_size else f"it names {tokens} tokens, its table has {info.vocab_size}"
+        raise GoriError(f"{file} cannot be run by llama.cpp ({why}): export it again")
+    assert lib.llama_n_ctx(context) >= info.context
+    assert lib.llama_n_batch(context) >= info.chunk
+    lib.llama_set_n_threads(context, info.threads, info.threads)
+    return GgufSession(lib, model, context, info)
+
+
+def context_settings(library: Any, info: SessionInfo) -> _Struct:
+    """Float32 keys and values, and attention computed whole, as the eager model has it."""
+    p = library.llama_context_default_params()
+    for at, value in ((N_CTX, info.context), (N_BATCH, info.chunk), (N_UBATCH, info.chunk)):
+        p.set(at, value)
+    for at in (FLASH_ATTENTION, TYPE_K, TYPE_V):
+        p.set(at, 0)
     return p
 
 
-def vocabulary(header: Header) -> int:
-    """Rows of the table."""
+def _said() -> str:
+    """The first error of llama.cpp's log, without the functions that it came through; later ones only say that it
+    failed."""
+    return re.sub(r"^(\w+: (error loading model: )?)+", "", _errors[0]) if _errors else "it gave no reason"
+
+
+def check_consistent(header: Header, file: Path) -> None:
+    """Refuse a head that contradicts itself where llama.cpp would end the process in place of giving an error."""
+    kind, tokens = header.architecture(), header.metadata.get("tokenizer.ggml.tokens", [])
+    wrong = "two tokens of one name" if len(set(map(str, tokens))) != len(tokens) else ""
+    if kind in ("llama", "qwen2", "qwen3"):
+        layers, heads = header.integer(f"{kind}.block_count"), header.integer(f"{kind}.attention.head_count")
+        groups = header.integer(f"{kind}.attention.head_count_kv")
+        if not 1 <= layers <= len(header.tensors):
+            wrong = f"{layers} layers and {len(header.tensors)} tensors"
+        elif not 1 <= groups <= heads or heads % groups:
+            wrong = f"{groups} key/value heads for {heads} query heads"
+    if wrong:
+        raise GoriError(f"{file} is damaged, it has {wrong}: export it again")
+
+
+def describe(header: Header, file: Path, threads: int) -> SessionInfo:
+    """What a file says of itself; GoriError if it says too little to be run."""
+    meta, own = header.metadata, CONTEXT in header.metadata
+    trained = header.integer(f"{header.architecture()}.context_length")
+    context = header.integer(CONTEXT) if own else min(trained, LONGEST_CONTEXT)
+    chunk = header.integer(CHUNK) if own else min(BATCH, context)
     table = header.tensors.get("token_embd.weight")
     if table is None or len(table.shape) != 2:
-        raise GoriError("the GGUF has no matrix token_embd.weight, so it is no decoder: export it again")
-    return table.shape[0]
-
-
-def context_of(header: Header) -> int:
-    """Tokens that the KV cache is to hold."""
-    own = first(header.metadata, CONTEXT)
-    trained = header.integer(f"{header.architecture()}.context_length")
-    context = min(trained - 1, LONGEST_CONTEXT) if own is None else own
-    if not 1 <= context < trained:
-        raise GoriError(f"the GGUF asks for a context of {context}, allowed is 1..{trained - 1}: export it again")
-    return context
-
-
-def info_of(header: Header, file: Path, context: int, threads: int) -> SessionInfo:
-    meta = header.metadata
-    eos = header.integers(EOS) if EOS in meta else [meta[k] for k in ("tokenizer.ggml.eos_token_id",) if k in meta]
+        raise GoriError(f"{file} has no matrix token_embd.weight, so it is no decoder: export it again")
+    if not 1 <= chunk <= context <= trained:
+        raise GoriError(
+            f"{file} asks for a context of {context}, {chunk} at once; the model was trained with {trained}: export it "
+            "again"
+        )
+    bos, eos = (BOS, EOS) if own else ("tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id")
+    ends = header.integers(eos) if own and eos in meta else [header.integer(eos)] if eos in meta else []
     return SessionInfo(
         engine="llama.cpp",
         engine_version=importlib.metadata.version("xllamacpp"),
         path=str(file),
-        vocab_size=vocabulary(header),
+        vocab_size=table.shape[0],
         context=context,
-        chunk=context,
-        bos_id=first(meta, BOS) if EOS in meta else first(meta, "tokenizer.ggml.bos_token_id"),
-        eos_ids=tuple(eos),
+        chunk=chunk,
+        bos_id=header.integer(bos) if bos in meta else None,
+        eos_ids=tuple(ends),
         threads=threads,
         file_bytes=header.file_bytes,
-        log_probabilities=True,
     )

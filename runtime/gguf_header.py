@@ -8,7 +8,6 @@ GGUF specification, version 3, little-endian. Standard library alone; the tensor
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -181,8 +180,3 @@ def _checked(places: list[TensorPlace], alignment: int, size: int) -> dict[str, 
     if len(found) != len(places):
         raise ValueError("two tensors have one name")
     return found
-
-
-def first(metadata: dict[str, Any], *keys: str, kind: Callable[[Any], Any] = int) -> Any:
-    """The first of `keys` that is there, converted; None if none is."""
-    return next((kind(metadata[k]) for k in keys if k in metadata), None)

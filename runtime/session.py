@@ -64,6 +64,8 @@ class Engine:
 
 ENGINES: tuple[Engine, ...] = (
     Engine("executorch", "*.pte", "gori.runtime.executorch", "open_pte"),
+    Engine("litert", "*.tflite", "gori.runtime.litert", "open_tflite"),
+    Engine("llama.cpp", "*.gguf", "gori.runtime.gguf", "open_gguf"),
     Engine("eager", "config.json", "gori.runtime.eager", "open_checkpoint"),
 )
 """Tried from the top: an exported directory keeps its config.json, so the checkpoint's row is the last."""
