@@ -233,6 +233,17 @@ def judge(runs: Runs) -> Parity:
     )
 
 
+def pooled(a: Runs, b: Runs) -> Runs:
+    """Two sets of runs as one."""
+    noisy = [[*x, *y] for x, y in zip(a.noisy, b.noisy, strict=True)]
+    return Runs([*a.prompts, *b.prompts], [*a.want, *b.want], [*a.got, *b.got], noisy)
+
+
+def is_close(found: Parity) -> bool:
+    """Missed in the mean KL alone, and by so little that more prompts may tell."""
+    return not found.met and found.single.met and found.longer.met and found.engine.kl_mean <= CLOSE * found.kl_bound
+
+
 def measure_parity(session: Session, model: Decoder, prompts: Sequence[Prompt], arithmetic: str = "float32") -> Parity:
     """`judge` of `run_both`."""
     return judge(run_both(session, model, prompts, arithmetic))
