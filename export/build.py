@@ -126,7 +126,9 @@ def write_and_read_back(row: Target, w: Weights, tmp: Path, o: Options, manifest
     """The engine's file, and what it holds, compared with the checkpoint tensor by tensor."""
     writer, reader = module(row.writer, row), module(row.reader, row)
     cpu_s, wall_s = time.process_time(), time.monotonic()
-    manifest.metrics |= writer.write(w, tmp, o)
+    facts = writer.write(w, tmp, o)
+    manifest.notes += facts.pop("notes", [])
+    manifest.metrics |= facts
     shutil.copyfile(o.source / "config.json", tmp / "config.json")
     want = wanted(w, copied_head=writer.COPIED_HEAD, float_bits=writer.FLOAT_BITS)
     compared = compare(reader.read(tmp), want, row.file)

@@ -84,7 +84,8 @@ def write(w: Weights, out: Path, o: Options) -> dict[str, Any]:
     if words.note:
         log(words.note)
     tokenizer = {"model": words.model, "pre": words.pre, "exact": words.exact, "note": words.note}
-    return {"tensors": len(names) + (factors is not None), "tokenizer": tokenizer}
+    notes = [words.note] if words.note else []
+    return {"tensors": len(names) + (factors is not None), "tokenizer": tokenizer, "notes": notes}
 
 
 def check(w: Weights) -> None:
