@@ -230,7 +230,7 @@ def identity(directory: Path) -> dict[str, str]:
 
 
 def gates(metrics: dict[str, Any], found: parity.Parity) -> list[dict[str, Any]]:
-    bound = round(metrics["packed_bytes"] * SLACK) + FIXED_BYTES
+    bound = round(metrics.get("layout_bytes", metrics["packed_bytes"]) * SLACK) + FIXED_BYTES
     return [
         gate("parity kl_mean", found.engine.kl_mean, found.kl_bound, at_least=False),
         gate("parity single tokens", found.single.engine_p05, found.single.bound, at_least=False),

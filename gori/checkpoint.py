@@ -254,7 +254,7 @@ def load_tensors(cfg: ModelConfig, raw: dict[str, Tensor], directory: Path, dtyp
         if tuple(tensors[name].shape) != tuple(p.shape):
             got, want = list(tensors[name].shape), list(p.shape)
             raise GoriError(f"{directory}: {to_hf_name(name)} has shape {got}, config.json asks for {want}")
-    model = model.to_empty(device="cpu")
-    model.load_state_dict({k: tensors[k].to(dtype) for k in wanted})
+    # copies: what safetensors gives is a view of the mapped file
+    model.load_state_dict({k: tensors[k].to(dtype, copy=True) for k in wanted}, assign=True)
     model.rope_freq = rope_frequencies(cfg)
     return model.eval()

@@ -242,7 +242,8 @@ def load(directory: Path, rounding: str = "scheme") -> Decoder:
         return checkpoint.load(directory)
     cfg = checkpoint.read_config(directory)
     spec, tensors, raw = read(directory)
-    floats = raw | {k: t.dequantize() for k, t in tensors.items()}
+    # places without content: `apply` puts a module of integers there, and no second copy of the weights is made
+    floats = raw | {k: torch.empty(t.q.shape, device="meta") for k, t in tensors.items()}
     model = apply(checkpoint.load_tensors(cfg, floats, directory, torch.float32), tensors, spec)
     for m in model.modules():
         if isinstance(m, (QuantizedLinear, QuantizedEmbedding)):
