@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from gori.console import result
-from gori.errors import GoriError
+from gori.errors import GoriError, nearest
 from gori.options import json_option
 from gori.targets import TARGETS
 
@@ -32,7 +32,11 @@ BACKENDS = ("xnnpack", "coreml", "vulkan", "openvino", "qnn")
     help="Golden prompts that are run besides random ones: a file with a JSON list of token ids on each line.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random prompts.")
-@click.option("--backend", type=click.Choice(BACKENDS), help="Of --target executorch.  [default: xnnpack]")
+@click.option(
+    "--backend",
+    metavar="TEXT",
+    help="A variant. Of executorch: xnnpack (default), coreml, vulkan, openvino, qnn; of atom-max: batch=8+1,devices=2.",
+)
 @json_option
 def export_command(
     checkpoint: Path,
@@ -48,8 +52,10 @@ def export_command(
     """Carry a checkpoint's integers into a runtime's format and prove it by running the file."""
     from gori.export.build import export
 
-    if backend and target != "executorch":
-        raise GoriError(f"--backend {backend} is of --target executorch, got --target {target}: leave it out")
+    if backend and target not in ("executorch", "atom-max"):
+        raise GoriError(f"--backend {backend}: target {target} has no variants: leave it out")
+    if backend and target == "executorch" and backend not in BACKENDS:
+        raise GoriError(f"--backend {backend} is unknown{nearest(backend, BACKENDS)}")
     golden = read_prompts(prompts) if prompts else []
     variant = None if backend == "xnnpack" else backend
     manifest = export(target, checkpoint, out, context=context, chunk=chunk, prompts=golden, seed=seed, backend=variant)
