@@ -17,14 +17,19 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[executorch,litert,coreml,gguf,sign,dev]'
 	touch $@
 
+# the last tflite-runtime wants numpy below 2: an environment of its own, driven as a subprocess
+$(VENV)/tflite-2.14/.ready: $(VENV)/.ready
+	$(BIN)/python -m venv $(VENV)/tflite-2.14
+	-$(VENV)/tflite-2.14/bin/pip install --quiet --disable-pip-version-check tflite-runtime==2.14.0 'numpy<2' && touch $@
+
 demo: setup
 	$(BIN)/gori demo --out $(DEMO)
 
-test: setup
-	$(BIN)/python -m pytest
+test: setup $(VENV)/tflite-2.14/.ready
+	GORI_TFLITE_VENV=$(VENV)/tflite-2.14 $(BIN)/python -m pytest
 
-test-slow: setup
-	$(BIN)/python -m pytest -m slow
+test-slow: setup $(VENV)/tflite-2.14/.ready
+	GORI_TFLITE_VENV=$(VENV)/tflite-2.14 $(BIN)/python -m pytest -m slow
 
 # pyright reads an installed copy: checkers do not follow the package-dir mapping of an editable install
 lint: setup

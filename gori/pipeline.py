@@ -163,7 +163,8 @@ def stage_export(run: Run) -> None:
     from gori.export.build import export
 
     for e in run.recipe.export:
-        export(e.target, run.dir("quantize"), run.dir("export") / e.target, context=e.context)
+        out = run.dir("export") / e.target
+        export(e.target, run.dir("quantize"), out, context=e.context, chunk=e.chunk, backend=e.backend)
 
 
 def stage_evaluate(run: Run, files: bool | None = None) -> None:

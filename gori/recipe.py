@@ -127,6 +127,10 @@ class Export(Section):
     target: Literal["executorch", "litert", "tflite", "coreml", "gguf", "atom-max"] = "executorch"
     context: int | None = Field(default=None, ge=16)
     """Longest prompt plus answer in tokens; null: the student's max_position, at most 512."""
+    chunk: int | None = Field(default=None, ge=1)
+    """Tokens that one call takes at most; null: 128."""
+    backend: str | None = None
+    """A variant, as `gori export --backend` takes it."""
 
 
 class Budget(Section):
