@@ -26,10 +26,10 @@ demo: setup
 	$(BIN)/gori demo --out $(DEMO)
 
 test: setup $(VENV)/tflite-2.14/.ready
-	GORI_TFLITE_VENV=$(VENV)/tflite-2.14 $(BIN)/python -m pytest
+	GORI_TFLITE_VENV=$(CURDIR)/$(VENV)/tflite-2.14 $(BIN)/python -m pytest
 
 test-slow: setup $(VENV)/tflite-2.14/.ready
-	GORI_TFLITE_VENV=$(VENV)/tflite-2.14 $(BIN)/python -m pytest -m slow
+	GORI_TFLITE_VENV=$(CURDIR)/$(VENV)/tflite-2.14 $(BIN)/python -m pytest -m slow
 
 # pyright reads an installed copy: checkers do not follow the package-dir mapping of an editable install
 lint: setup
