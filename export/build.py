@@ -60,6 +60,8 @@ class Proof:
     found: parity.Parity
     golden: golden.Golden
     same_answers: int
+    second: dict[str, Any] | None
+    """What the engine of the target's second file gave."""
     seconds: float
 
 
@@ -181,7 +183,8 @@ def prove(row: Target, tmp: Path, o: Options, prompts: Sequence[Sequence[int]], 
         answer = golden.greedy(reference, prompt, o.eos_ids)
         same += golden.greedy(session, prompt, o.eos_ids) == answer
         answers.append({"text": text, "prompt": prompt, "answer": answer})
-    return Proof(session, found, golden_of(runs, answers), same, time.process_time() - began)
+    second = golden.second_engine(row, tmp, answers)
+    return Proof(session, found, golden_of(runs, answers), same, second, time.process_time() - began)
 
 
 def golden_of(runs: parity.Runs, answers: list[dict[str, Any]]) -> golden.Golden:
@@ -218,6 +221,7 @@ def ledger_entry(row: Target, proof: Proof, manifest: Manifest, tmp: Path) -> di
         "parity": m["parity"],
         "same_answers": proof.same_answers,
         "answers": len(proof.golden.answers),
+        "second": proof.second,
         "identity": identity(tmp),
         "file_bytes": m["file_bytes"],
         "packed_bytes": m["packed_bytes"],

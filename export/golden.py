@@ -6,6 +6,7 @@ for utterances in Korean and English its greedy answer. NumPy alone: `gori verif
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from gori.artifact import read_object, write_json
 from gori.errors import GoriError
 from gori.runtime.generate import generate
 from gori.runtime.session import Session
+from gori.targets import Target
 from gori.tokenizer import Tokenizer
 
 FILE = "golden.json"
@@ -129,6 +131,14 @@ def read(directory: Path) -> Golden:
     except (KeyError, TypeError, ValueError) as e:
         raise GoriError(f"{path} does not have the fields of golden outputs ({e}): export again") from e
     return golden
+
+
+def second_engine(target: Target, directory: Path, answers: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What the engine of a target's second file gives of the golden answers; None where there is no such file."""
+    if target.second is None or not (directory / target.second[0]).exists():
+        return None
+    module, _, function = target.second[1].partition(":")
+    return getattr(importlib.import_module(module), function)(directory, answers, LONGEST_ANSWER)
 
 
 @dataclass(frozen=True)

@@ -166,6 +166,7 @@ def _run_golden(row: Row) -> None:
     session = open_directory(row.directory, 1)
     found = golden.check(session, golden.read(row.directory))
     row.here = {**vars(found), "engine": session.info.engine, "engine_version": session.info.engine_version}
+    row.here["second"] = golden.second_engine(target, row.directory, golden.read(row.directory).answers)
     if not found.met:
         raise GoriError(
             f"{row.directory} does not answer as it did when it was made: mean KL {found.kl_mean:.2e} on golden "
@@ -180,14 +181,23 @@ def ledger(rows: list[Row]) -> dict[str, Any]:
     return {"ok": all(r.ok for r in rows), "same_integers": len(held) <= 1, "artifacts": [r.as_dict() for r in rows]}
 
 
+COLUMNS = (
+    "artifact", "run by", "integers", "KL (floor)", "Δlogit (floor)", "top-1", "answers", "text", "bytes (packed ×)",
+    "here", "signed",
+)  # fmt: skip
+
+
 def table(rows: list[Row]) -> Table:
-    """The ledger for a reader: one line an artifact."""
+    """The ledger for a reader: one line an artifact. What was measured when it was made, then what was found here."""
     found = Table()
-    names = ("artifact", "engine", "integers", "KL", "Δlogit", "top-1", "answers", "bytes", "here", "signed")
-    for name in names:
+    for name in COLUMNS:
         found.add_column(name, overflow="fold")
     for r in rows:
-        found.add_row(*_cells(r))
+        signed = {None: "–", True: "yes", False: "NO"}[r.signed]
+        if r.ok:
+            found.add_row(r.directory.name, *_cells(r), signed)
+        else:
+            found.add_row(r.directory.name, *[""] * 8, f"REFUSED: {r.problem}", signed)
     held = {r.integers for r in rows if r.integers}
     if len(rows) > 1:
         found.caption = "all hold the same integers" if len(held) == 1 else f"{len(held)} different sets of integers"
@@ -195,17 +205,26 @@ def table(rows: list[Row]) -> Table:
 
 
 def _cells(r: Row) -> tuple[str, ...]:
-    e, signed = r.entry, {None: "–", True: "yes", False: "NO"}[r.signed]
-    name = r.directory.name
-    if r.problem:
-        return (name, "", "", "", "", "", "", "", f"REFUSED: {r.problem}", signed)
+    e, both = r.entry, r.entry.get("parity")
     ran = f"{e['engine']} {e['engine_version']}" + ("" if e["executed"] else " (not the device)")
-    parity = (e.get("parity") or {}).get("engine")
-    figures = (
-        (f"{parity['kl_mean']:.1e}", f"{parity['max_abs']:.1e}", f"{parity['top1']:.1%}",
-         f"{e['same_answers']}/{e['answers']}")
-        if parity
-        else ("–", "–", "–", "–")
-    )  # fmt: skip
-    here = f"KL {r.here['kl_mean']:.1e}, {r.here['same_answers']}/{r.here['answers']}" if r.here else r.not_run
-    return (name, ran, f"{r.tensors} {r.integers[:8]}", *figures, f"{e['file_bytes']:,}", here, signed)
+    figures = ("–", "–", "–", "–")
+    if both:
+        got, floor = both["engine"], both["floor"]
+        figures = (
+            f"{got['kl_mean']:.1e} ({floor['kl_mean']:.1e})",
+            f"{got['max_abs']:.1e} ({floor['max_abs']:.1e})",
+            f"{got['top1']:.1%}",
+            f"{e['same_answers']}/{e['answers']}{_second(e)}",
+        )
+    text = sha256_json(e["identity"])[:8] if e["identity"] else "–"
+    here = r.not_run
+    if r.here:
+        here = f"KL {r.here['kl_mean']:.1e}, {r.here['same_answers']}/{r.here['answers']}{_second(r.here)}"
+    size = f"{e['file_bytes']:,} ({e['file_bytes'] / e['packed_bytes']:.2f})"
+    return (ran, f"{r.tensors} {r.integers[:8]}", *figures, text, size, here)
+
+
+def _second(found: dict[str, Any]) -> str:
+    """What the engine of a second file gave, as a line of its own."""
+    other = found.get("second")
+    return f"\n{other['engine']} {other['same_answers']}/{other['answers']}" if other else ""

@@ -43,6 +43,9 @@ class Target:
     """`float32` or `float16`."""
     stand_in: str = ""
     """Where the engine does not run on Linux: what was run in its place. Empty: the engine itself runs."""
+    second: tuple[str, str] | None = None
+    """A second file for another engine, made where the checkpoint has a tokenizer, and `module:function` of (directory,
+    golden answers, longest) that says how many of them that engine gives."""
     docs: str = ""
 
 
@@ -73,6 +76,7 @@ TARGETS: dict[str, Target] = {
         ),
         Target(
             name="litert",
+            second=("model.litertlm", "gori.runtime.litert_lm:same_answers"),
             file="model.tflite",
             engine="LiteRT",
             extra="litert",

@@ -6,13 +6,16 @@ the .tflite in it does. No torch.
 
 from __future__ import annotations
 
+import importlib.metadata
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from gori import console
 from gori.errors import GoriError
+from gori.tokenizer import Tokenizer
 
 BUNDLE = "model.litertlm"
 DEFAULT_THREADS = 1
@@ -98,3 +101,20 @@ def open_bundle(path: Path, threads: int | None = None) -> LiteRtLm:
     if not file.exists():
         raise GoriError(f"{file} does not exist: export a checkpoint that has a tokenizer.json with --target litert")
     return LiteRtLm(file, threads)
+
+
+def same_answers(directory: Path, answers: Sequence[Mapping[str, Any]], max_new: int) -> dict[str, Any]:
+    """How many golden answers (`{"prompt": ids, "answer": ids}`) LiteRT-LM gives, as text, of those that are text.
+
+    A random model's bytes may be none, and LiteRT-LM's strings end at a zero.
+    """
+    tokenizer, same, counted = Tokenizer.load(directory), 0, 0
+    with open_bundle(directory) as engine:
+        for a in answers:
+            want, prompt = tokenizer.decode(a["answer"]), tokenizer.decode(a["prompt"])
+            if not a["answer"] or {"\ufffd", "\0"} & set(want + prompt):
+                continue
+            counted += 1
+            same += engine.encode(prompt) == a["prompt"] and engine.complete(prompt, max_new) == want
+    version = importlib.metadata.version("litert-lm-api")
+    return {"engine": f"LiteRT-LM {version}", "same_answers": same, "answers": counted}
