@@ -196,3 +196,11 @@ def shortened(schemes: Iterable[str]) -> str:
         bits, _, granularity = name.partition("-")
         found.setdefault(bits, []).append(granularity)
     return "; ".join(f"{bits}: {', '.join(g)}" if any(g) else bits for bits, g in found.items())
+
+
+def scheme_table() -> str:
+    """Schemes of linears × targets, for docs/targets.md; a test keeps it true to this file."""
+    names = sorted({s for t in TARGETS.values() for s in t.linears}, key=lambda s: (s[:2], -len(s.split("-")[0]), s))
+    head = f"| scheme of the linears | {' | '.join(TARGETS)} |\n|---|{'---|' * len(TARGETS)}\n"
+    rows = (f"| `{s}` | {' | '.join('yes' if s in t.linears else '–' for t in TARGETS.values())} |\n" for s in names)
+    return head + "".join(rows)

@@ -141,8 +141,9 @@ def test_a_heavy_package_would_be_noticed() -> None:
 
 
 def test_the_readmes_table_of_targets_is_the_one_in_the_code() -> None:
-    from gori.targets import TARGETS, markdown
+    from gori.targets import TARGETS, markdown, scheme_table
 
+    assert scheme_table() in (ROOT / "docs" / "targets.md").read_text(encoding="utf-8")
     assert markdown() in (ROOT / "README.md").read_text(encoding="utf-8")
     assert all((ROOT / "docs" / t.docs).exists() for t in TARGETS.values())
 
