@@ -32,9 +32,6 @@ from gori.export.atom_max_read import FACTS, SCALES
 from gori.export.atom_max_run import CHECKPOINT, REFERENCE, REQUEST, checkpoint_weights
 from gori.export.weights import EMBEDDING, HEAD, Options, Weights, array, linear_names
 
-COPIED_HEAD = True
-"""optimum-rbln 0.12.0 does not tie the head of a quantized checkpoint: left out, it stays zero, without a word."""
-FLOAT_BITS = 16
 OPTIMUM_RBLN = "0.12.0"
 """The version whose loader and rules were read and run."""
 PYTHON = "GORI_RBLN_PYTHON"

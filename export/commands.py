@@ -35,7 +35,7 @@ BACKENDS = ("xnnpack", "coreml", "vulkan", "openvino", "qnn")
 @click.option(
     "--backend",
     metavar="TEXT",
-    help="A variant. Of executorch: xnnpack (default), coreml, vulkan, openvino, qnn; of atom-max: batch=8+1,devices=2.",
+    help="Of executorch: xnnpack (default), coreml, vulkan, openvino, qnn; of atom-max: batch=8+1,devices=2.",
 )
 @json_option
 def export_command(

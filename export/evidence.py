@@ -51,6 +51,14 @@ def card(w: Weights, row: Target, o: Options, manifest: Manifest, table: dict[st
     """A page for a reader who has only this directory."""
     cfg, m = w.cfg, manifest.metrics
     found = m["parity"]
+    measured = [f"| KL to the checkpoint | not measured: {m.get('not_run')} |"]
+    if found:
+        got = found["engine"]
+        measured = [
+            f"| KL to the checkpoint | mean {got['kl_mean']:.2e}, max {got['kl_max']:.2e} nats; "
+            f"noise floor {found['floor']['kl_mean']:.2e} |",
+            f"| same first choice | {got['top1']:.2%} of {got['positions']} positions |",
+        ]
     scheme = f"{w.spec.scheme}, embedding {w.spec.embedding}, method {w.spec.method}" if w.spec else "float32"
     ran = row.stand_in or f"{row.engine}, the engine itself"
     lines = [
@@ -68,9 +76,7 @@ def card(w: Weights, row: Target, o: Options, manifest: Manifest, table: dict[st
         f"| memory by shape | {table['total_bytes']:,} bytes ({MEMORY}) |",
         f"| integers read back | {m['tensors_read_back']} tensors, all identical to the checkpoint's |",
         f"| run by | {ran} |",
-        f"| KL to the checkpoint | mean {found['engine']['kl_mean']:.2e}, max {found['engine']['kl_max']:.2e} nats; "
-        f"noise floor {found['floor']['kl_mean']:.2e} |",
-        f"| same first choice | {found['engine']['top1']:.2%} of {found['engine']['positions']} positions |",
+        *measured,
         f"| made with | gori {gori.__version__}, "
         + ", ".join(f"{k} {v}" for k, v in sorted(manifest.versions.items()) if k != "gori")
         + " |",
@@ -127,8 +133,11 @@ def bom(directory: Path, w: Weights, row: Target, manifest: Manifest) -> dict[st
 
 
 def _model_card(w: Weights, manifest: Manifest) -> dict[str, Any]:
-    found = manifest.metrics["parity"]["engine"]
-    figures = {"KL to the checkpoint, mean nats": found["kl_mean"], "same first choice": found["top1"]}
+    found = manifest.metrics["parity"]
+    figures: dict[str, float] = {}
+    if found:
+        got = found["engine"]
+        figures = {"KL to the checkpoint, mean nats": got["kl_mean"], "same first choice": got["top1"]}
     return {
         "modelParameters": {
             "task": "text-generation",

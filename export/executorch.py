@@ -15,9 +15,6 @@ from gori.export.executorch_warnings import upstream_warnings
 from gori.export.weights import Options, Weights, linear_names
 
 PTE = "model.pte"
-COPIED_HEAD = True
-"""XNNPACK packs its own copy of a tied table."""
-FLOAT_BITS = 32
 BACKENDS = ("xnnpack", "coreml", "vulkan", "openvino", "qnn")
 """What ExecuTorch lowers to; the first is the default and the one that runs in its wheel."""
 

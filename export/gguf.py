@@ -26,8 +26,6 @@ from gori.model import ModelConfig, rope_frequencies
 from gori.quantized import QuantizedTensor
 
 GGUF = "model.gguf"
-COPIED_HEAD = False
-FLOAT_BITS = 32
 BLOCK = 32
 """Inputs that share a scale in Q4_0 and Q8_0."""
 F32, KINDS = 0, {4: 2, 8: 8}

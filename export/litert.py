@@ -18,10 +18,6 @@ from gori.export.litert_weights import Kernels
 from gori.export.weights import Options, Weights
 from gori.runtime.litert import METADATA, MODEL
 
-COPIED_HEAD = False
-"""Head and table are one buffer."""
-FLOAT_BITS = 32
-
 
 def write(w: Weights, out: Path, o: Options) -> dict[str, Any]:
     """Write model.tflite, and model.litertlm if a tokenizer.json travels with the checkpoint."""

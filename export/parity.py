@@ -37,8 +37,8 @@ LOGIT_EPSILON = 1e-5
 SEEDS = (0, 1, 2)
 """Of the noise."""
 SETS = 4
-"""Sets of random prompts at most. A single set's mean KL is a draw: ten sets of one model, run by llama.cpp, varied by 40
-%. So a verdict that is missed by less than CLOSE is taken again over more sets, the floor as well as the engine."""
+"""Sets of random prompts at most. A single set's mean KL is a draw: ten sets of one model, run by llama.cpp, varied by
+40 %. So a verdict that is missed by less than CLOSE is taken again over more sets, the floor as well as the engine."""
 CLOSE = 2.0
 DECODED = 16
 """Tokens of each prompt that are also decoded one by one."""

@@ -14,10 +14,6 @@ from gori.export.litert import write_tflite
 from gori.export.litert_weights import Kernels
 from gori.export.weights import Options, Weights
 
-COPIED_HEAD = False
-"""Head and table are one buffer."""
-FLOAT_BITS = 32
-
 
 def write(w: Weights, out: Path, o: Options) -> dict[str, Any]:
     """Write model.tflite."""

@@ -19,7 +19,7 @@ from gori.errors import GoriError
 from gori.export import golden
 from gori.export.contents import digests
 from gori.runtime.session import Session
-from gori.targets import TARGETS, Target
+from gori.targets import TARGETS, VARIANTS, Target
 
 PARITY, INTEGERS = "parity.json", "integers.json"
 
@@ -120,9 +120,17 @@ def _check_files(row: Row) -> None:
             raise GoriError(f"{row.directory / name} is not the one that parity was measured with: export again")
 
 
+def _target(row: Row) -> Target:
+    """The row of what was exported."""
+    backend = row.entry.get("backend")
+    if row.entry["target"] == "executorch" and backend:
+        return VARIANTS[backend]
+    return TARGETS[row.entry["target"]]
+
+
 def _check_integers(row: Row) -> None:
     """The integers and scales in the engine's file, by their hashes."""
-    target = TARGETS[row.entry["target"]]
+    target = _target(row)
     if not _importable(target.reader, target, row):
         return
     want = read_object(row.directory / INTEGERS).get("tensors")
@@ -155,12 +163,11 @@ def _importable(module: str, target: Target, row: Row) -> bool:
 
 def _run_golden(row: Row) -> None:
     """Golden inputs through this machine's engine."""
-    target = TARGETS[row.entry["target"]]
+    target = _target(row)
     name, _, function = target.opener.partition(":")
+    if not name:
+        row.not_run = target.stand_in
     if row.not_run or not _importable(name, target, row):
-        return
-    if row.entry.get("parity") is None:
-        row.not_run = row.entry.get("not_run", "its engine does not run here")
         return
     open_directory: Callable[[Path, int | None], Session] = getattr(importlib.import_module(name), function)
     session = open_directory(row.directory, 1)

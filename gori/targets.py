@@ -7,7 +7,7 @@ exporter and the reader of a target are named and imported when they are used.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gori.errors import GoriError, nearest
 
@@ -31,7 +31,8 @@ class Target:
     reader: str
     """Module with `read(directory) → {weight: Found}`, which reads the file alone."""
     opener: str
-    """`module:function` of (directory, threads) → Session: the engine itself, or what stands in for it here."""
+    """`module:function` of (directory, threads) → Session: the engine itself, or what stands in for it here; empty
+    where nothing here runs the file (`stand_in` then says why)."""
     linears: tuple[str, ...]
     """Schemes of linear layers that the format holds."""
     tables: tuple[str, ...]
@@ -41,6 +42,10 @@ class Target:
     llama.cpp's blocks of 32."""
     arithmetic: str
     """`float32` or `float16`."""
+    copied_head: bool = False
+    """Whether the format stores a tied table once more as the head."""
+    float_bits: int = 32
+    """Width of the weights that stayed float."""
     stand_in: str = ""
     """Where the engine does not run on Linux: what was run in its place. Empty: the engine itself runs."""
     second: tuple[str, str] | None = None
@@ -72,6 +77,7 @@ TARGETS: dict[str, Target] = {
             tables=EVERY_TABLE,
             activations="scheme",
             arithmetic="float32",
+            copied_head=True,
             docs="executorch.md",
         ),
         Target(
@@ -123,6 +129,7 @@ TARGETS: dict[str, Target] = {
             tables=EVERY_TABLE,
             activations="none",
             arithmetic="float16",
+            float_bits=16,
             stand_in="an interpreter of the MIL program in NumPy: graph parity, not device",
             docs="coreml.md",
         ),
@@ -159,12 +166,46 @@ TARGETS: dict[str, Target] = {
             tables=EVERY_TABLE,
             activations="none",
             arithmetic="float16",
+            copied_head=True,
+            float_bits=16,
             stand_in="the static reference graphs in torch: estimates, not the device",
             docs="atom-max.md",
         ),
     )
 }
 """Target's name → its row. XNNPACK's partitioner takes no weight-only layer and block scales for 4 bits only."""
+
+
+VARIANTS: dict[str, Target] = {
+    "coreml": replace(
+        TARGETS["executorch"],
+        engine="ExecuTorch (Core ML)",
+        packages=("executorch", "coremltools"),
+        writer="gori.export.executorch_backends",
+        reader="gori.export.executorch_backends_read",
+        opener="gori.export.executorch_backends_read:open_coreml",
+        linears=spelled(*(f"{b}:channel,g32,g64,g128" for b in ("w8a8", "w8a16", "w4a8", "w4a16"))),
+        activations="none",
+        arithmetic="float16",
+        copied_head=False,
+        float_bits=16,
+        stand_in="an interpreter of the delegate's MIL program in NumPy: graph parity, not device",
+        docs="executorch-backends.md",
+    ),
+    "vulkan": replace(
+        TARGETS["executorch"],
+        engine="ExecuTorch (Vulkan)",
+        writer="gori.export.executorch_backends",
+        reader="gori.export.executorch_backends_read",
+        opener="",
+        linears=spelled("w4a8:g32,g64,g128", "w4a16:g32,g64,g128"),
+        tables=spelled("w4:g32,g64,g128"),
+        stand_in="ExecuTorch's wheel holds no Vulkan runtime: integers read back, logits not measured",
+        docs="executorch-backends.md",
+    ),
+}
+"""ExecuTorch's backend → the target's row with what that backend holds. OpenVINO and QNN hold nothing that gori could
+prove: export/executorch_backends.py says why."""
 
 
 def answering(names: Iterable[str]) -> list[str]:

@@ -143,7 +143,7 @@ def _answer(session: Session, tokenizer: Tokenizer, end: list[int], turns: list[
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--data", "data_file", required=True, type=click.Path(path_type=Path), help="Conversations, JSON Lines.")
 @click.option("--tools", type=click.Path(path_type=Path), help="Tools file; default: the one beside the model.")
-@click.option("--against", type=click.Path(path_type=Path), help="A reference: the same calls, KL and top-1 agreement with it.")
+@click.option("--against", type=click.Path(path_type=Path), help="A reference: same calls, KL and top-1 with it.")
 @click.option("--failures", type=int, default=0, help="Print this many rows that were not exact, on stderr.")
 @threads_option
 @json_option

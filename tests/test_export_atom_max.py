@@ -50,7 +50,7 @@ def test_the_file_holds_the_checkpoints_integers_and_the_graphs_compute_its_logi
     case: str, exported: Exported
 ) -> None:
     source, out = exported(case)
-    want = wanted(read_weights(source), copied_head=target.COPIED_HEAD, float_bits=target.FLOAT_BITS)
+    want = wanted(read_weights(source), copied_head=True, float_bits=16)
     assert compare(reader.read(out), want, "checkpoint") == 7 * CASES[case].cfg.layers + 2
     check_schemes(read_weights(source).spec, TARGETS["atom-max"])
     # bounds are what float16 does to the eager model itself, see gori.export.parity

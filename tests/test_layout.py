@@ -127,7 +127,7 @@ def loaded_by(code: str) -> set[str]:
         "import gori.runtime, gori.runtime.session, gori.runtime.generate, gori.runtime.bench, gori.runtime.commands",
         "import gori.evaluate, gori.summary, gori.gates, gori.incar",
         "import gori.teacher, gori.distill, gori.quantize, gori.export, gori.targets",
-        "import gori.export.verify, gori.export.golden, gori.export.contents, gori.export.signing, gori.export.commands",
+        "import gori.export.verify, gori.export.golden, gori.export.signing, gori.export.commands",
         "import gori.export.gguf_read, gori.runtime.gguf, gori.export.litert_read, gori.runtime.litert",
         "import contextlib\nfrom gori.cli import main\nwith contextlib.suppress(SystemExit): main(['--help'])",
     ],
