@@ -6,11 +6,14 @@ Knows the order of proofs and what an artifact's directory holds besides the eng
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib
 import shutil
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +27,7 @@ from gori.artifact import sha256_file as sha256
 from gori.console import log, peak_rss_mib
 from gori.errors import GoriError
 from gori.export import evidence, golden, parity
-from gori.export.contents import Found, compare, digests
+from gori.export.contents import compare, digests
 from gori.export.verify import INTEGERS, PARITY
 from gori.export.weights import (
     Options,
@@ -37,7 +40,7 @@ from gori.export.weights import (
     wanted,
 )
 from gori.runtime.eager import session_of, special_ids
-from gori.runtime.session import Session
+from gori.runtime.session import Session, SessionInfo
 from gori.targets import Target
 from gori.targets import target as target_row
 
@@ -56,7 +59,8 @@ FIXED_BYTES = 100_000
 class Proof:
     """What running a file showed."""
 
-    session: Session
+    info: SessionInfo
+    """Of the engine that ran."""
     found: parity.Parity
     golden: golden.Golden
     same_answers: int
@@ -98,7 +102,9 @@ def export(
     def build(tmp: Path) -> None:
         weights = read_weights(source)
         check_schemes(weights.spec, row)
-        contents = write_and_read_back(row, weights, tmp, options, manifest)
+        hashes = write_and_read_back(row, weights, tmp, options, manifest)
+        weights = replace(weights, integers={}, floats={})  # the reference needs the memory
+        give_back()
         for file in COPIED:
             if (source / file).exists() and not (tmp / file).exists():
                 shutil.copyfile(source / file, tmp / file)
@@ -109,7 +115,7 @@ def export(
             golden.write(proof.golden, tmp)
         else:
             manifest.metrics |= {"parity": None, "not_run": row.stand_in}
-        write_json(tmp / INTEGERS, {"schema_version": 1, "tensors": digests(contents)})
+        write_json(tmp / INTEGERS, {"schema_version": 1, "tensors": hashes})
         write_json(tmp / PARITY, ledger_entry(row, proof, manifest, tmp))
         evidence.write(tmp, weights, row, options, manifest)
 
@@ -136,11 +142,12 @@ def module(name: str, row: Target) -> ModuleType:
         raise GoriError(f"target {row.name} needs {e.name}: pip install 'gori[{row.extra}]'") from e
 
 
-def write_and_read_back(row: Target, w: Weights, tmp: Path, o: Options, manifest: Manifest) -> dict[str, Found]:
-    """The engine's file, and what it holds, compared with the checkpoint tensor by tensor."""
+def write_and_read_back(row: Target, w: Weights, tmp: Path, o: Options, manifest: Manifest) -> dict[str, str]:
+    """The engine's file, and what it holds, compared with the checkpoint tensor by tensor; hashes of its integers."""
     writer, reader = module(row.writer, row), module(row.reader, row)
     cpu_s, wall_s = time.process_time(), time.monotonic()
     facts = writer.write(w, tmp, o)
+    give_back()
     manifest.notes += facts.pop("notes", [])
     manifest.metrics |= facts
     shutil.copyfile(o.source / "config.json", tmp / "config.json")
@@ -157,7 +164,15 @@ def write_and_read_back(row: Target, w: Weights, tmp: Path, o: Options, manifest
     }
     manifest.notes += notes(w, want)
     log(f"{compared} tensors read back exact, {packed:,} packed → {size:,} bytes in {row.file}")
-    return want
+    return digests(want)
+
+
+def give_back() -> None:
+    """Free what is left in cycles (exporters leave graphs there) and hand freed memory back to the system, which glibc
+    keeps: 300 MiB after a 100M model was lowered."""
+    gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def size_bytes(path: Path) -> int:
@@ -172,31 +187,43 @@ def open_artifact(row: Target, directory: Path) -> Session:
 
 
 def prove(row: Target, tmp: Path, o: Options, prompts: Sequence[Sequence[int]], seed: int) -> Proof:
-    """Run the written file against the eager checkpoint; GoriError beyond the noise floor."""
+    """Run the written file and the eager checkpoint, one after the other, and compare; GoriError beyond the floor."""
     began = time.process_time()
-    model = quantized.load(o.source, rounding=row.activations)
-    session = open_artifact(row, tmp)
     spoken = golden.utterance_prompts(o.source, o.context)
-    random = parity.default_prompts(model.cfg.vocab_size, o.context, o.chunk, seed)
-    runs = parity.run_both(session, model, [*random, *spoken.values(), *map(list, prompts)], row.arithmetic)
+    vocab_size = checkpoint.read_config(o.source).vocab_size
+    random = parity.default_prompts(vocab_size, o.context, o.chunk, seed)
+    runs, info, given = run_both(row, tmp, o, [*random, *spoken.values(), *map(list, prompts)], spoken)
     found, everything = parity.judge(runs), runs
     for again in range(1, parity.SETS):
         if not parity.is_close(found):
             break
         log(f"{parity.describe(found)}: close to the bound {found.kl_bound:.2e}, {len(random)} more prompts")
-        random = parity.default_prompts(model.cfg.vocab_size, o.context, o.chunk, seed + 1000 * again)
-        everything = parity.pooled(everything, parity.run_both(session, model, random, row.arithmetic))
+        random = parity.default_prompts(vocab_size, o.context, o.chunk, seed + 1000 * again)
+        everything = parity.pooled(everything, run_both(row, tmp, o, random, {})[0])
         found = parity.judge(everything)
     log(parity.describe(found))
     parity.require_parity(found, row.engine)
-    reference = session_of(model, o.source, o.context)
-    answers, same = [], 0
-    for text, prompt in spoken.items():
-        answer = golden.greedy(reference, prompt, o.eos_ids)
-        same += golden.greedy(session, prompt, o.eos_ids) == answer
-        answers.append({"text": text, "prompt": prompt, "answer": answer})
+    answers = [{"text": t, "prompt": p, "answer": given[t][1]} for t, p in spoken.items()]
+    same = sum(mine == theirs for mine, theirs in given.values())
     second = golden.second_engine(row, tmp, answers)
-    return Proof(session, found, golden_of(runs, answers), same, second, time.process_time() - began)
+    return Proof(info, found, golden_of(runs, answers), same, second, time.process_time() - began)
+
+
+def run_both(
+    row: Target, tmp: Path, o: Options, prompts: list[list[int]], spoken: dict[str, list[int]]
+) -> tuple[parity.Runs, SessionInfo, dict[str, tuple[list[int], list[int]]]]:
+    """What engine and reference say to prompts, and their greedy answers to utterances. One is closed before the other
+    is opened: a stand-in may need as much memory as the model."""
+    session = open_artifact(row, tmp)
+    info, got = session.info, parity.engine_runs(session, prompts)
+    mine = {text: golden.greedy(session, prompt, o.eos_ids) for text, prompt in spoken.items()}
+    del session
+    give_back()
+    model = quantized.load(o.source, rounding=row.activations)
+    eager = session_of(model, o.source, o.context)
+    given = {text: (mine[text], golden.greedy(eager, prompt, o.eos_ids)) for text, prompt in spoken.items()}
+    runs = parity.join(prompts, got, parity.reference_runs(model, prompts, row.arithmetic), info)
+    return runs, info, given
 
 
 def golden_of(runs: parity.Runs, answers: list[dict[str, Any]]) -> golden.Golden:
@@ -220,7 +247,7 @@ def ledger_entry(row: Target, proof: Proof | None, manifest: Manifest, tmp: Path
     m, settings = manifest.metrics, manifest.settings
     ran: dict[str, Any] = {"engine": row.engine, "engine_version": "", "executed": False, "parity": None}
     if proof:
-        info = proof.session.info
+        info = proof.info
         ran |= {"engine": info.engine, "engine_version": info.engine_version, "executed": not info.stand_in}
         ran |= {"parity": m["parity"], "same_answers": proof.same_answers, "answers": len(proof.golden.answers)}
         ran["second"] = proof.second

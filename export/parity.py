@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from gori.errors import GoriError
 from gori.model import Decoder
 from gori.norm import RMSNorm
-from gori.runtime.session import Session
+from gori.runtime.session import Session, SessionInfo
 
 Prompt = Sequence[int]
 
@@ -192,26 +192,48 @@ class Runs:
         return Runs(self.prompts, cut(self.want), cut(self.got), [cut(run) for run in self.noisy])
 
 
-def run_both(session: Session, model: Decoder, prompts: Sequence[Prompt], arithmetic: str = "float32") -> Runs:
-    """Run the prompts in an engine and in the eager model, and the eager model's noise floor in `arithmetic`: float32
-    with noise of its last place, or float16.
+def decoded_tokens(vocab_size: int) -> int:
+    """Tokens of each prompt that are decoded one by one."""
+    return DECODED if vocab_size <= LARGE_VOCABULARY else 1
 
-    An engine that gives log-probabilities is compared with the model's.
-    """
-    decoded = DECODED if model.cfg.vocab_size <= LARGE_VOCABULARY else 1
 
-    def settled(rows: list[Tensor]) -> list[Tensor]:
-        return [r.log_softmax(-1) for r in rows] if session.info.log_probabilities else rows
+def engine_runs(session: Session, prompts: Sequence[Prompt]) -> list[Tensor]:
+    """What an engine says to each prompt."""
+    return [engine_logits(session, p, decoded_tokens(session.info.vocab_size)) for p in prompts]
 
+
+def reference_runs(
+    model: Decoder, prompts: Sequence[Prompt], arithmetic: str = "float32"
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """What the eager model says to each prompt, and its noise floor: what it says in `arithmetic` (float32 with noise
+    of its last place, or float16)."""
+    decoded = decoded_tokens(model.cfg.vocab_size)
     want = [eager_logits(model, p, decoded) for p in prompts]
-    got = [engine_logits(session, p, decoded) for p in prompts]
     if arithmetic == "float16":
-        half = copy.deepcopy(model).half()
-        half.rope_freq = model.rope_freq  # angles are computed in float32, as every engine does
-        noisy = [[eager_logits(half, p, decoded) for p in prompts]]
-    else:
-        noisy = [[noisy_logits(model, p, seed, decoded) for p in prompts] for seed in SEEDS]
-    return Runs(list(prompts), settled(want), settled(got), [settled(run) for run in noisy])
+        half = _in_float16(model)
+        return want, [[eager_logits(half, p, decoded) for p in prompts]]
+    return want, [[noisy_logits(model, p, seed, decoded) for p in prompts] for seed in SEEDS]
+
+
+def join(
+    prompts: Sequence[Prompt],
+    got: list[Tensor],
+    reference: tuple[list[Tensor], list[list[Tensor]]],
+    info: SessionInfo,
+) -> Runs:
+    """Both sides. Where an engine gives log-probabilities, so does the model."""
+    if info.log_probabilities:
+        got, want, *noisy = ([r.log_softmax(-1) for r in rows] for rows in (got, reference[0], *reference[1]))
+        return Runs(list(prompts), want, got, noisy)
+    return Runs(list(prompts), reference[0], got, reference[1])
+
+
+def _in_float16(model: Decoder) -> Decoder:
+    """A copy whose weights are float16, without a copy of the float32 ones on the way; angles stay float32, as every
+    engine computes them."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.half(), requires_grad=False) for p in model.parameters()}
+    memo |= {id(b): b.half() for b in model.buffers() if b is not model.rope_freq}
+    return copy.deepcopy(model, memo)
 
 
 def judge(runs: Runs) -> Parity:
@@ -245,8 +267,9 @@ def is_close(found: Parity) -> bool:
 
 
 def measure_parity(session: Session, model: Decoder, prompts: Sequence[Prompt], arithmetic: str = "float32") -> Parity:
-    """`judge` of `run_both`."""
-    return judge(run_both(session, model, prompts, arithmetic))
+    """The verdict on an engine that is open beside its model."""
+    got = engine_runs(session, prompts)
+    return judge(join(prompts, got, reference_runs(model, prompts, arithmetic), session.info))
 
 
 def describe(found: Parity) -> str:

@@ -63,7 +63,7 @@ class QuantizedTensor:
     def dequantize(self) -> Tensor:
         """float32 `[out, in]`: integer times its group's scale."""
         out, width = self.q.shape
-        return (self.q.float().view(out, self.scale.shape[1], -1) * self.scale.unsqueeze(-1)).view(out, width)
+        return self.q.float().view(out, self.scale.shape[1], -1).mul_(self.scale.unsqueeze(-1)).view(out, width)
 
     def packed_bytes(self) -> int:
         """Bytes of the integers packed and the scales at 16 bits."""
@@ -78,8 +78,8 @@ def pack_int4(q: Tensor) -> Tensor:
 
 def unpack_int4(packed: Tensor) -> Tensor:
     """The inverse of `pack_int4`."""
-    both = torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2).to(torch.int8)
-    return torch.where(both > 7, both - 16, both)
+    high = torch.stack((packed << 4, packed & 0xF0), dim=-1).flatten(-2).view(torch.int8)
+    return high.bitwise_right_shift_(4)  # of int8: the sign comes along
 
 
 def quantize_activations(x: Tensor) -> Tensor:
@@ -117,16 +117,12 @@ def round_input(x: Tensor, activation_bits: int, rounding: str) -> Tensor:
 class QuantizedLinear(nn.Module):
     """A linear layer that computes with a QuantizedTensor's dequantized integers (and rounded inputs)."""
 
-    q: Tensor
-    scale: Tensor
     weight: Tensor
     bias: Tensor | None
 
     def __init__(self, t: QuantizedTensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self.scheme, self.rounding = t.scheme, "scheme"
-        self.register_buffer("q", t.q)
-        self.register_buffer("scale", t.scale)
         self.register_buffer("weight", t.dequantize(), persistent=False)
         self.register_buffer("bias", bias)
 
@@ -137,15 +133,11 @@ class QuantizedLinear(nn.Module):
 class QuantizedEmbedding(nn.Module):
     """An embedding table of integers; as a tied head it multiplies with the same dequantized rows."""
 
-    q: Tensor
-    scale: Tensor
     weight: Tensor
 
     def __init__(self, t: QuantizedTensor, head_activation_bits: int = 16) -> None:
         super().__init__()
         self.scheme, self.head_activation_bits, self.rounding = t.scheme, head_activation_bits, "scheme"
-        self.register_buffer("q", t.q)
-        self.register_buffer("scale", t.scale)
         self.register_buffer("weight", t.dequantize(), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
