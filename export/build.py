@@ -22,7 +22,17 @@ import numpy as np
 import torch
 
 from gori import checkpoint, quantized
-from gori.artifact import Manifest, ancestry, content_hash, gate, library_versions, make, read_manifest, write_json
+from gori.artifact import (
+    LIBRARIES,
+    Manifest,
+    ancestry,
+    content_hash,
+    gate,
+    library_versions,
+    make,
+    read_manifest,
+    write_json,
+)
 from gori.artifact import sha256_file as sha256
 from gori.console import log, peak_rss_mib
 from gori.errors import GoriError
@@ -32,6 +42,7 @@ from gori.export.verify import INTEGERS, PARITY
 from gori.export.weights import (
     Options,
     Weights,
+    check_prompts,
     check_schemes,
     notes,
     packed_bytes,
@@ -90,11 +101,12 @@ def export(
     row = find_row(name, backend)
     cfg = checkpoint.read_config(source)
     context, chunk = resolve_lengths(cfg, context, chunk)
+    check_prompts(prompts, cfg.vocab_size, context)
     settings = {"target": name, "context": context, "chunk": chunk, "prompts": [list(p) for p in prompts]}
     if backend:
         settings["backend"] = backend
     manifest = Manifest("export", name, seed, settings, {"checkpoint": content_hash(source)})
-    manifest.versions |= library_versions(row.packages)
+    manifest.versions = library_versions([n for n in LIBRARIES if n != "executorch"]) | library_versions(row.packages)
     manifest.lineage = ancestry({"checkpoint": source})
     bos_id, eos_ids = special_ids(source)
     options = Options(source, context, chunk, bos_id, eos_ids, backend)
@@ -149,11 +161,16 @@ def write_and_read_back(row: Target, w: Weights, tmp: Path, o: Options, manifest
     facts = writer.write(w, tmp, o)
     give_back()
     manifest.notes += facts.pop("notes", [])
+    if not (o.source / "tokenizer.json").exists():
+        manifest.notes.append(
+            "no tokenizer.json: no utterance was spoken to it, and no text can be until one is beside it"
+        )
     manifest.metrics |= facts
     shutil.copyfile(o.source / "config.json", tmp / "config.json")
     want = wanted(w, copied_head=row.copied_head, float_bits=row.float_bits)
     compared = compare(reader.read(tmp), want, row.file)
     size, packed = size_bytes(tmp / row.file), packed_bytes(want)
+    text = o.source / "tokenizer.json"
     manifest.metrics |= {
         "export_core_s": round(time.process_time() - cpu_s, 2),
         "export_wall_s": round(time.monotonic() - wall_s, 2),
@@ -161,6 +178,7 @@ def write_and_read_back(row: Target, w: Weights, tmp: Path, o: Options, manifest
         "tensors_read_back": compared,
         "file_bytes": size,
         "packed_bytes": packed,
+        "text_bytes": text.stat().st_size if row.carries_tokenizer and text.exists() else 0,
     }
     manifest.notes += notes(w, want)
     log(f"{compared} tensors read back exact, {packed:,} packed → {size:,} bytes in {row.file}")
@@ -206,7 +224,12 @@ def prove(row: Target, tmp: Path, o: Options, prompts: Sequence[Sequence[int]], 
     answers = [{"text": t, "prompt": p, "answer": given[t][1]} for t, p in spoken.items()]
     same = sum(mine == theirs for mine, theirs in given.values())
     second = golden.second_engine(row, tmp, answers)
-    return Proof(info, found, golden_of(runs, answers), same, second, time.process_time() - began)
+    if second and second["same_answers"] < golden.SAME * second["answers"]:
+        raise GoriError(
+            f"{second['engine']} gives {second['same_answers']} of {second['answers']} answers of the reference where "
+            f"{row.engine} gives {same} of {len(answers)}: nothing was written; report the model's tokenizer.json"
+        )
+    return Proof(info, found, golden_of(runs, answers, same), same, second, time.process_time() - began)
 
 
 def run_both(
@@ -226,20 +249,20 @@ def run_both(
     return runs, info, given
 
 
-def golden_of(runs: parity.Runs, answers: list[dict[str, Any]]) -> golden.Golden:
-    """What the reference said last to each prompt, and how far an engine may be from it: as far as the noise floor of
-    the same prompts, measured with the same tokens kept."""
-    last = runs.last()
-    want = torch.cat(last.want).numpy()
+def golden_of(runs: parity.Runs, answers: list[dict[str, Any]], same: int) -> golden.Golden:
+    """What the reference said to each prompt, and how far an engine may be from it: as far as the noise floor of the
+    same prompts, measured with the same tokens kept, or twice what the engine was at home."""
+    kept = runs.cut(golden.DECODED)
+    want = torch.cat(kept.want).numpy()
     top, log_p = golden.distributions(want)
 
     def mean_kl(rows: list[torch.Tensor]) -> float:
         other = golden.log_softmax(torch.cat(rows).numpy())
         return float(golden.divergence(log_p, np.take_along_axis(other, top, -1)).mean())
 
-    floor = max(mean_kl(run) for run in last.noisy)
-    bound = max(parity.FACTOR * floor, 2 * mean_kl(last.got)) + parity.KL_EPSILON
-    return golden.Golden([list(p) for p in runs.prompts], top, log_p, bound, answers)
+    floor = max(mean_kl(run) for run in kept.noisy)
+    bound = max(parity.FACTOR * floor, 2 * mean_kl(kept.got)) + parity.KL_EPSILON
+    return golden.Golden([list(p) for p in runs.prompts], top, log_p, bound, same, answers)
 
 
 def ledger_entry(row: Target, proof: Proof | None, manifest: Manifest, tmp: Path) -> dict[str, Any]:
@@ -257,7 +280,7 @@ def ledger_entry(row: Target, proof: Proof | None, manifest: Manifest, tmp: Path
         "file": row.file,
         "backend": settings.get("backend"),
         **ran,
-        "ran": row.stand_in or row.engine,
+        "ran": row.engine if ran["executed"] else row.stand_in,
         "activations": row.activations,
         "context": settings["context"],
         "chunk": settings["chunk"],
@@ -274,7 +297,7 @@ def identity(directory: Path) -> dict[str, str]:
 
 
 def gates(metrics: dict[str, Any], proof: Proof | None) -> list[dict[str, Any]]:
-    bound = round(metrics.get("layout_bytes", metrics["packed_bytes"]) * SLACK) + FIXED_BYTES
+    bound = round(metrics.get("layout_bytes", metrics["packed_bytes"]) * SLACK) + FIXED_BYTES + metrics["text_bytes"]
     size = gate("file_bytes", metrics["file_bytes"], bound, at_least=False)
     if proof is None:
         return [size]

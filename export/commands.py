@@ -8,22 +8,30 @@ from typing import Any
 
 import click
 
-from gori.console import result
-from gori.errors import GoriError, nearest
+from gori.console import result, table_width
+from gori.errors import GateError, GoriError
 from gori.options import json_option
 from gori.targets import TARGETS
-
-BACKENDS = ("xnnpack", "coreml", "vulkan", "openvino", "qnn")
 
 
 @click.command(
     "export",
-    epilog="Example: gori export student-w4 --target executorch --context 512 --out car.et  ·  "
+    epilog="Example: gori export student-w4 --target executorch --context 512 --out car.et  ·  several at once: "
+    "--target litert --target gguf --out car writes car/litert and car/gguf  ·  "
     "`gori quantize student --scheme w4a8-g32 --out student-w4` makes the checkpoint.",
 )
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--target", type=click.Choice(list(TARGETS)), required=True, help="The runtime to export for.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to write.")
+@click.option(
+    "--target",
+    "targets",
+    type=click.Choice(list(TARGETS)),
+    required=True,
+    multiple=True,
+    help="The runtime; or several.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Directory to write; of several targets the parent."
+)
 @click.option("--context", type=int, help="Tokens the KV cache holds.  [default: the model's, 512 at most]")
 @click.option("--chunk", type=int, help="Tokens one call takes at most.  [default: 128, below the context]")
 @click.option(
@@ -35,12 +43,12 @@ BACKENDS = ("xnnpack", "coreml", "vulkan", "openvino", "qnn")
 @click.option(
     "--backend",
     metavar="TEXT",
-    help="Of executorch: xnnpack (default), coreml, vulkan, openvino, qnn; of atom-max: batch=8+1,devices=2.",
+    help="Of executorch: xnnpack (default), coreml, vulkan, openvino, qnn:SA8295; of atom-max: batch=8+1,devices=2.",
 )
 @json_option
 def export_command(
     checkpoint: Path,
-    target: str,
+    targets: tuple[str, ...],
     out: Path,
     context: int | None,
     chunk: int | None,
@@ -52,29 +60,43 @@ def export_command(
     """Carry a checkpoint's integers into a runtime's format and prove it by running the file."""
     from gori.export.build import export
 
-    if backend and target not in ("executorch", "atom-max"):
-        raise GoriError(f"--backend {backend}: target {target} has no variants: leave it out")
-    if backend and target == "executorch" and backend not in BACKENDS:
-        raise GoriError(f"--backend {backend} is unknown{nearest(backend, BACKENDS)}")
+    variant = check_backend(backend, targets)
     golden = read_prompts(prompts) if prompts else []
-    variant = None if backend == "xnnpack" else backend
-    manifest = export(target, checkpoint, out, context=context, chunk=chunk, prompts=golden, seed=seed, backend=variant)
-    result({"out": str(out), **manifest["metrics"]}, as_json, summary(out, manifest["metrics"]))
+    found: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(targets):
+        place = out / name if len(set(targets)) > 1 else out
+        manifest = export(
+            name, checkpoint, place, context=context, chunk=chunk, prompts=golden, seed=seed, backend=variant
+        )
+        found[name] = {"out": str(place), **manifest["metrics"], "gates": manifest["gates"], "notes": manifest["notes"]}
+    body = found if len(found) > 1 else next(iter(found.values()))
+    result(body, as_json, "\n".join(summary(m) for m in found.values()))
+    if missed := [f"{n}: {g['name']} is {g['value']:,}, bound {g['bound']:,}" for n, m in found.items()
+                  for g in m["gates"] if not g["met"]]:  # fmt: skip
+        raise GateError(f"{len(missed)} gates not met: {'; '.join(missed)} (everything is in {out})")
 
 
-def summary(out: Path, metrics: dict[str, Any]) -> str:
-    """Two lines for a reader."""
+def check_backend(backend: str | None, targets: tuple[str, ...]) -> str | None:
+    """The variant that is asked for, None for the default; refused for targets that have none."""
+    if backend and (len(targets) > 1 or targets[0] not in ("executorch", "atom-max")):
+        raise GoriError(f"--backend {backend} is of --target executorch or atom-max alone, got {', '.join(targets)}")
+    return None if backend == "xnnpack" else backend
+
+
+def summary(metrics: dict[str, Any]) -> str:
+    """Some lines for a reader."""
     head = (
-        f"{out}: {metrics['file_bytes']:,} bytes ({metrics['packed_bytes']:,} packed), "
+        f"{metrics['out']}: {metrics['file_bytes']:,} bytes ({metrics['packed_bytes']:,} packed), "
         f"{metrics['tensors_read_back']} tensors read back identical, {metrics['export_core_s']} core-seconds"
     )
     found = metrics.get("parity")
     if found is None:
-        return f"{head}\nnot run: {metrics['not_run']}"
-    return (
-        f"{head}\nKL to the checkpoint {found['engine']['kl_mean']:.2e} (noise floor {found['floor']['kl_mean']:.2e}), "
+        return "\n".join([head, f"not run: {metrics['not_run']}", *map("note: {}".format, metrics["notes"])])
+    measured = (
+        f"KL to the checkpoint {found['engine']['kl_mean']:.2e} (noise floor {found['floor']['kl_mean']:.2e}), "
         f"same first choice on {found['engine']['top1']:.1%} of {found['engine']['positions']} positions"
     )
+    return "\n".join([head, measured, *map("note: {}".format, metrics["notes"])])
 
 
 def read_prompts(path: Path) -> list[list[int]]:
@@ -108,8 +130,10 @@ def verify(directory: Path, key: Path | None, no_run: bool, as_json: bool) -> No
     """Check an exported artifact, or every one under DIRECTORY: hashes, integers, signature, golden outputs."""
     from gori.export.verify import ledger, table, verify_all
 
+    if key and not key.is_file():
+        raise GoriError(f"--key {key} is not a file: name a PEM file of the signer's public key")
     rows = verify_all(directory, key, run=not no_run)
-    result(ledger(rows), as_json, table(rows))
+    result(ledger(rows), as_json, table(rows, table_width()))
     refused = [r for r in rows if not r.ok]
     if refused:
         raise GoriError(f"{len(refused)} of {len(rows)} artifacts refused: {refused[0].problem}")

@@ -36,7 +36,8 @@ def memory(w: Weights, row: Target, o: Options, metrics: dict[str, Any]) -> dict
     parts = {"file": metrics["file_bytes"], "kv_cache": cache}
     parts["activations" if planned else "logits"] = planned - cache if planned else cfg.vocab_size * width
     missing = [*([] if planned else ["activations"]), "the engine's own code and heap"]
-    missing += ["copies of weights that it packs at loading", "the tokenizer"]
+    missing += metrics.get("memory_notes", ["copies of weights that it packs at loading"])
+    missing += ["the tokenizer"]
     return {
         "schema_version": 1,
         "context": o.context,
@@ -162,7 +163,9 @@ def _data_hashes(manifest: Manifest) -> dict[str, str]:
     stages = {entry["as"] for entry in manifest.lineage} | {"checkpoint", "teacher", "tokenizer", "model"}
     found: dict[str, str] = {}
     for entry in manifest.lineage:
-        found |= {k: v for k, v in entry["inputs"].items() if k not in stages}
+        for label, value in entry["inputs"].items():
+            if label not in stages and value not in found.values():
+                found[label if label not in found else f"{label} of {entry['stage']}"] = value
     return found
 
 

@@ -15,8 +15,6 @@ from gori.export.executorch_warnings import upstream_warnings
 from gori.export.weights import Options, Weights, linear_names
 
 PTE = "model.pte"
-BACKENDS = ("xnnpack", "coreml", "vulkan", "openvino", "qnn")
-"""What ExecuTorch lowers to; the first is the default and the one that runs in its wheel."""
 
 
 def write(w: Weights, out: Path, o: Options) -> dict[str, Any]:

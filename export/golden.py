@@ -1,7 +1,8 @@
 """Golden inputs and outputs that travel in an artifact, so that another machine can check it with its engine alone.
 
-For each prompt the likeliest tokens of the reference (the eager model of the same integers) after its last token, and
-for utterances in Korean and English its greedy answer. NumPy alone: `gori verify` reads this without torch.
+For each prompt the likeliest tokens of the reference (the eager model of the same integers) after its last token and
+after some that are decoded one by one, and for utterances in Korean and English its greedy answer. NumPy alone:
+`gori verify` reads this without torch.
 """
 
 from __future__ import annotations
@@ -23,9 +24,16 @@ from gori.targets import Target
 from gori.tokenizer import Tokenizer
 
 FILE = "golden.json"
-VERSION = 1
+VERSION = 2
 KEPT = 64
 """Tokens of each distribution that are kept; all others are one event."""
+DECODED = 3
+"""Tokens of each prompt that are decoded one by one, after a prefill of its first half."""
+SAME = 0.9
+"""Share of the golden answers that an engine gave at home which it must give again: on another processor a last place
+may differ, and a random model's choices are close."""
+DIGITS = 6
+"""Of a log-probability in the file."""
 LONGEST_ANSWER = 48
 UTTERANCES = (
     "에어컨 좀 켜 줘", "조수석 창문 반만 열어 줘", "서울역까지 길 안내해 줘", "엄마한테 전화 걸어 줘",
@@ -42,11 +50,13 @@ class Golden:
 
     prompts: list[list[int]]
     top: NDArray[np.int64]
-    """`[prompts, KEPT]` token ids, the likeliest first."""
+    """`[rows, KEPT]` token ids, the likeliest first; a prompt has a row for each of its `positions`."""
     log_p: NDArray[np.float64]
-    """`[prompts, KEPT]` their log-probabilities."""
+    """`[rows, KEPT]` their log-probabilities."""
     kl_bound: float
     """What an engine's mean KL over these may be, in nats."""
+    same_answers: int
+    """Of the answers, how many the engine gave when the artifact was made."""
     answers: list[dict[str, Any]]
     """`{"text", "prompt": ids, "answer": ids}` of each utterance."""
 
@@ -78,6 +88,26 @@ def greedy(session: Session, prompt: Sequence[int], end: Sequence[int]) -> list[
     return list(generate(session, prompt, end, max_new=room)) if room > 0 else []
 
 
+def positions(length: int, decoded: int = DECODED) -> list[int]:
+    """Positions of a prompt that are compared: those decoded after the first half, and the last."""
+    half = (length + 1) // 2
+    return sorted({*range(half - 1, min(half + decoded, length)), length - 1})
+
+
+def logits(session: Session, prompt: Sequence[int], decoded: int = DECODED) -> NDArray[np.float32]:
+    """An engine's logits `[N, V]` at `positions` of a prompt: a prefill of half, single tokens after it, and a prefill
+    of the whole."""
+    half = (len(prompt) + 1) // 2
+    session.reset()
+    whole = session.prefill(prompt)
+    session.reset()
+    rows = {half - 1: session.prefill(prompt[:half])}
+    for i in range(half, min(half + decoded, len(prompt))):
+        rows[i] = session.decode(prompt[i])
+    rows[len(prompt) - 1] = whole
+    return np.stack([rows[i] for i in positions(len(prompt), decoded)])
+
+
 def distributions(logits_NV: NDArray[np.floating[Any]]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """The KEPT likeliest tokens of each row of logits and their log-probabilities."""
     log_p = log_softmax(logits_NV)
@@ -102,11 +132,15 @@ def divergence(golden_log_p: NDArray[np.float64], log_p: NDArray[np.float64]) ->
 
 def write(golden: Golden, directory: Path) -> None:
     """golden.json: prompts, distributions, answers."""
-    rows = [
-        {"prompt": p, "top": top.tolist(), "log_p": log_p.tolist()}
-        for p, top, log_p in zip(golden.prompts, golden.top, golden.log_p, strict=True)
-    ]
-    body = {"schema_version": VERSION, "kl_bound": golden.kl_bound, "rows": rows, "answers": golden.answers}
+    body = {
+        "schema_version": VERSION,
+        "kl_bound": golden.kl_bound,
+        "same_answers": golden.same_answers,
+        "prompts": golden.prompts,
+        "top": golden.top.tolist(),
+        "log_p": np.round(golden.log_p, DIGITS).tolist(),
+        "answers": golden.answers,
+    }
     write_json(directory / FILE, body)
 
 
@@ -117,20 +151,29 @@ def read(directory: Path) -> Golden:
     if body.get("schema_version") != VERSION:
         raise GoriError(f"{path} has version {body.get('schema_version')}, this gori reads {VERSION}: export again")
     try:
-        rows = body["rows"]
-        if not rows:
-            raise ValueError("no rows")
         golden = Golden(
-            [[int(i) for i in r["prompt"]] for r in rows],
-            np.array([r["top"] for r in rows], dtype=np.int64),
-            np.array([r["log_p"] for r in rows], dtype=np.float64),
+            [_ids(p) for p in body["prompts"]],
+            np.array(body["top"], dtype=np.int64),
+            np.array(body["log_p"], dtype=np.float64),
             float(body["kl_bound"]),
-            [{"text": str(a["text"]), "prompt": list(a["prompt"]), "answer": list(a["answer"])}
+            int(body["same_answers"]),
+            [{"text": str(a["text"]), "prompt": _ids(a["prompt"]), "answer": _ids(a["answer"])}
              for a in body["answers"]],
         )  # fmt: skip
-    except (KeyError, TypeError, ValueError) as e:
+        rows = sum(len(positions(len(p))) for p in golden.prompts)
+        if not rows or golden.top.ndim != 2 or golden.top.shape != golden.log_p.shape or len(golden.top) != rows:
+            raise ValueError(f"{len(golden.top)} rows for {rows} positions")
+        if not np.isfinite(golden.log_p).all() or golden.top.min() < 0:
+            raise ValueError("no distributions")
+    except (KeyError, TypeError, ValueError, OverflowError) as e:
         raise GoriError(f"{path} does not have the fields of golden outputs ({e}): export again") from e
     return golden
+
+
+def _ids(found: Any) -> list[int]:
+    if not all(type(i) is int for i in found):
+        raise ValueError(f"{found!r:.40} is no list of token ids")
+    return list(found)
 
 
 def second_engine(target: Target, directory: Path, answers: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -150,22 +193,23 @@ class Check:
     kl_bound: float
     top1: float
     same_answers: int
+    same_at_home: int
     answers: int
 
     @property
     def met(self) -> bool:
-        return self.kl_mean <= self.kl_bound
+        return self.kl_mean <= self.kl_bound and self.same_answers >= int(SAME * self.same_at_home)
 
 
 def check(session: Session, golden: Golden) -> Check:
     """Run the prompts and utterances in an engine and compare with what travelled."""
-    rows = []
-    for prompt in golden.prompts:
-        session.reset()
-        rows.append(session.prefill(prompt))
-    log_p = np.take_along_axis(log_softmax(np.stack(rows)), golden.top, -1)
-    kl = divergence(golden.log_p, log_p)
+    if golden.top.max() >= session.info.vocab_size:
+        raise GoriError(f"golden outputs name token {golden.top.max()}, the vocabulary is {session.info.vocab_size}")
+    rows = np.concatenate([logits(session, p) for p in golden.prompts])
+    kl = divergence(golden.log_p, np.take_along_axis(log_softmax(rows), golden.top, -1))
     end = session.info.eos_ids
     same = sum(greedy(session, a["prompt"], end) == a["answer"] for a in golden.answers)
-    top1 = float(np.mean([int(np.argmax(r)) == t for r, t in zip(rows, golden.top[:, 0], strict=True)]))
-    return Check(float(kl.mean()), float(kl.max()), golden.kl_bound, top1, same, len(golden.answers))
+    top1 = float((rows.argmax(-1) == golden.top[:, 0]).mean())
+    return Check(
+        float(kl.mean()), float(kl.max()), golden.kl_bound, top1, same, golden.same_answers, len(golden.answers)
+    )

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gori.errors import GoriError
+from gori.export import golden
 from gori.model import Decoder
 from gori.norm import RMSNorm
 from gori.runtime.session import Session, SessionInfo
@@ -43,7 +43,7 @@ CLOSE = 2.0
 DECODED = 16
 """Tokens of each prompt that are also decoded one by one."""
 LARGE_VOCABULARY = 8192
-"""Above it one: a position's logits are 0.6 MB at 164k tokens, and every position is held five times."""
+"""Above it only as many as travel: a position's logits are 0.6 MB at 164k tokens, and each is held five times."""
 
 
 @dataclass(frozen=True)
@@ -123,30 +123,11 @@ def gap(got_NV: Tensor, want_NV: Tensor) -> Gap:
     )
 
 
-def positions(length: int, decoded: int = DECODED) -> list[int]:
-    """Positions of a prompt that are compared: those decoded after the first half, and the last."""
-    half = (length + 1) // 2
-    return sorted({*range(half - 1, min(half + decoded, length)), length - 1})
-
-
-def engine_logits(session: Session, prompt: Prompt, decoded: int = DECODED) -> Tensor:
-    """Logits at `positions` of a prompt: a prefill of half, single tokens after it, and a prefill of the whole."""
-    at, half = positions(len(prompt), decoded), (len(prompt) + 1) // 2
-    session.reset()
-    whole = session.prefill(prompt)
-    session.reset()
-    rows = {half - 1: session.prefill(prompt[:half])}
-    for i in range(half, min(half + decoded, len(prompt))):
-        rows[i] = session.decode(prompt[i])
-    rows[len(prompt) - 1] = whole
-    return torch.from_numpy(np.stack([rows[i] for i in at]))
-
-
 def eager_logits(model: Decoder, prompt: Prompt, decoded: int = DECODED) -> Tensor:
     """The eager model's logits at the same positions, all from one pass without a cache."""
     with torch.inference_mode():
         hidden_TD = model.hidden(torch.tensor([list(prompt)]))[0]
-        return model.logits(hidden_TD[positions(len(prompt), decoded)]).float()
+        return model.logits(hidden_TD[golden.positions(len(prompt), decoded)]).float()
 
 
 def noisy_logits(model: Decoder, prompt: Prompt, seed: int, decoded: int = DECODED) -> Tensor:
@@ -183,23 +164,28 @@ class Runs:
     got: list[Tensor]
     noisy: list[list[Tensor]]
 
-    def last(self) -> Runs:
-        """The last position of each prompt alone."""
+    def cut(self, decoded: int) -> Runs:
+        """The same with fewer decoded tokens a prompt: those at `golden.positions(length, decoded)`."""
+        wide = decoded_tokens(self.want[0].shape[-1])
+        kept = []
+        for p in self.prompts:
+            there = golden.positions(len(p), wide)
+            kept.append([there.index(i) for i in golden.positions(len(p), decoded)])
 
-        def cut(rows: list[Tensor]) -> list[Tensor]:
-            return [r[-1:] for r in rows]
+        def some(rows: list[Tensor]) -> list[Tensor]:
+            return [r[k] for r, k in zip(rows, kept, strict=True)]
 
-        return Runs(self.prompts, cut(self.want), cut(self.got), [cut(run) for run in self.noisy])
+        return Runs(self.prompts, some(self.want), some(self.got), [some(run) for run in self.noisy])
 
 
 def decoded_tokens(vocab_size: int) -> int:
     """Tokens of each prompt that are decoded one by one."""
-    return DECODED if vocab_size <= LARGE_VOCABULARY else 1
+    return DECODED if vocab_size <= LARGE_VOCABULARY else golden.DECODED
 
 
 def engine_runs(session: Session, prompts: Sequence[Prompt]) -> list[Tensor]:
     """What an engine says to each prompt."""
-    return [engine_logits(session, p, decoded_tokens(session.info.vocab_size)) for p in prompts]
+    return [torch.from_numpy(golden.logits(session, p, decoded_tokens(session.info.vocab_size))) for p in prompts]
 
 
 def reference_runs(

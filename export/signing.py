@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gori.artifact import SIGNATURE, check_integrity
-from gori.errors import GoriError
+from gori.errors import GoriError, MissingEngine
 
 URI = "pkcs11:"
 
@@ -26,7 +26,7 @@ def sign_artifact(directory: Path, key: str) -> dict[str, Any]:
     try:
         config = signing.use_pkcs11_signer(pkcs11_uri=key) if key.startswith(URI) else _key_signer(signing, key)
         signature.unlink(missing_ok=True)
-        config.set_hashing_config(_hashing(directory)).sign(directory, signature)
+        config.set_hashing_config(_hashing(directory)).sign(directory.resolve(), signature.resolve())
     except GoriError:
         raise
     except Exception as e:  # the library raises ValueError, TypeError, its token's own errors and bare Exception
@@ -50,7 +50,7 @@ def check_signature(directory: Path, key: Path) -> None:
     verifying = _library().verifying.Config()
     try:
         config = verifying.use_elliptic_key_verifier(public_key=key).set_hashing_config(_hashing(directory))
-        config.verify(directory, signature)
+        config.verify(directory.resolve(), signature.resolve())
     except Exception as e:  # as above
         raise GoriError(f"the signature of {directory} is not one that {key} verifies: {_reason(e)}") from e
 
@@ -58,14 +58,15 @@ def check_signature(directory: Path, key: Path) -> None:
 def _hashing(directory: Path) -> Any:
     """SHA-256 of every file but the signature; git's files are not left out."""
     config = _library().hashing.Config().use_file_serialization(hashing_algorithm="sha256")
-    return config.set_ignored_paths(paths=[directory / SIGNATURE], ignore_git_paths=False)
+    # absolute: the library takes a relative path for one inside the directory
+    return config.set_ignored_paths(paths=[directory.resolve() / SIGNATURE], ignore_git_paths=False)
 
 
 def _library() -> Any:
     try:
         import model_signing
     except ImportError as e:
-        raise GoriError(f"signing needs {e.name}: pip install 'gori[sign]'") from e
+        raise MissingEngine(f"signing needs {e.name}: pip install 'gori[sign]'") from e
     return model_signing
 
 

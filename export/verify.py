@@ -7,6 +7,7 @@ integers read out of the engine's file, golden outputs run by this machine's eng
 from __future__ import annotations
 
 import importlib
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +16,10 @@ from typing import Any
 from rich.table import Table
 
 from gori.artifact import MANIFEST, check_integrity, read_manifest, read_object, sha256_file, sha256_json
-from gori.errors import GoriError
-from gori.export import golden
+from gori.errors import GoriError, MissingEngine
+from gori.export import golden, golden_run
 from gori.export.contents import digests
-from gori.runtime.session import Session
-from gori.targets import TARGETS, VARIANTS, Target
+from gori.targets import TARGETS, exported_row
 
 PARITY, INTEGERS = "parity.json", "integers.json"
 
@@ -55,9 +55,10 @@ def artifacts(directory: Path) -> list[Path]:
     """The exported artifacts at or under a directory."""
     if not directory.is_dir():
         raise GoriError(f"{directory} is not a directory: name an exported artifact, or a directory of them")
-    found = [p.parent for p in sorted(directory.glob(f"**/{MANIFEST}")) if _is_export(p.parent)]
     if (directory / MANIFEST).exists() or (directory / PARITY).exists():
         return [directory]
+    places = {p.parent for name in (MANIFEST, PARITY) for p in directory.glob(f"**/{name}")}
+    found = [p for p in sorted(places) if _is_export(p)]
     if not found:
         raise GoriError(f"{directory} holds no exported artifact: `gori export CHECKPOINT --target T --out DIR` does")
     return found
@@ -90,12 +91,15 @@ def verify_one(directory: Path, key: Path | None = None, *, run: bool = True) ->
     try:
         for step in steps:
             step()
+    except MissingEngine as e:
+        row.not_run = str(e)
     except GoriError as e:
         row.problem = str(e)
-    except (OSError, LookupError, TypeError, ValueError, AttributeError) as e:
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, MemoryError,
+            struct.error) as e:  # fmt: skip
         # files whose hashes fit and whose form does not: somebody else wrote them, manifest and all
-        said = " ".join(str(e).split())[:120]
-        row.problem = f"{row.directory} holds what gori did not write ({type(e).__name__}: {said}): export again"
+        row.problem = f"{row.directory} holds what gori did not write ({type(e).__name__}: {e!s:.120}): export again"
+    row.problem = " ".join(row.problem.split())
     return row
 
 
@@ -115,28 +119,46 @@ def _check_files(row: Row) -> None:
     row.entry = read_object(row.directory / PARITY)
     if row.entry.get("schema_version") != 1 or row.entry.get("target") not in TARGETS:
         raise GoriError(f"{row.directory / PARITY} is of a version that this gori does not read: export again")
+    check_entry(row.entry, row.directory / PARITY)
     for name, digest in row.entry["identity"].items():
         if not (row.directory / name).is_file() or sha256_file(row.directory / name) != digest:
             raise GoriError(f"{row.directory / name} is not the one that parity was measured with: export again")
 
 
-def _target(row: Row) -> Target:
-    """The row of what was exported."""
-    backend = row.entry.get("backend")
-    if row.entry["target"] == "executorch" and backend:
-        return VARIANTS[backend]
-    return TARGETS[row.entry["target"]]
+GAP = ("kl_mean", "max_abs", "top1")
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    "engine": str, "engine_version": str, "executed": bool, "ran": str, "identity": dict, "file_bytes": int,
+    "packed_bytes": int,
+}  # fmt: skip
+
+
+def check_entry(entry: dict[str, Any], path: Path) -> None:
+    """Refuse a parity.json that lacks what the ledger shows."""
+    wrong = [n for n, kind in FIELDS.items() if not isinstance(entry.get(n), kind)]
+    found = entry.get("parity", 0)
+    if found is not None:
+        gaps = [found.get(k) if isinstance(found, dict) else None for k in ("engine", "floor")]
+        numbers = [g.get(n) if isinstance(g, dict) else None for g in gaps for n in GAP]
+        counts = [entry.get("same_answers"), entry.get("answers")]
+        if not all(isinstance(n, (int, float)) for n in (*numbers, *counts)):
+            wrong.append("parity")
+    if wrong or entry["packed_bytes"] < 1:
+        raise GoriError(
+            f"{path} does not have the field {(wrong or ['packed_bytes'])[0]!r} as gori writes it: export again"
+        )
 
 
 def _check_integers(row: Row) -> None:
     """The integers and scales in the engine's file, by their hashes."""
-    target = _target(row)
-    if not _importable(target.reader, target, row):
-        return
+    target = exported_row(row.entry)
+    try:
+        reader = importlib.import_module(target.reader)
+    except ImportError as e:
+        raise MissingEngine(golden_run.missing(e, target)) from e
     want = read_object(row.directory / INTEGERS).get("tensors")
     if not isinstance(want, dict):
         raise GoriError(f"{row.directory / INTEGERS} does not name tensors and their hashes: export again")
-    found = digests(importlib.import_module(target.reader).read(row.directory))
+    found = digests(reader.read(row.directory))
     if found != want:
         wrong = sorted(n for n in {*found, *want} if found.get(n) != want.get(n))
         raise GoriError(
@@ -152,62 +174,84 @@ def _shared_out(found: dict[str, str]) -> dict[str, str]:
     return {n: d for n, d in found.items() if n != "lm_head.weight" or d != table or head is None}
 
 
-def _importable(module: str, target: Target, row: Row) -> bool:
-    try:
-        importlib.import_module(module)
-    except ImportError as e:
-        row.not_run = f"needs {e.name}: pip install 'gori[{target.extra}]'"
-        return False
-    return True
-
-
 def _run_golden(row: Row) -> None:
-    """Golden inputs through this machine's engine."""
-    target = _target(row)
-    name, _, function = target.opener.partition(":")
-    if not name:
-        row.not_run = target.stand_in
-    if row.not_run or not _importable(name, target, row):
-        return
-    open_directory: Callable[[Path, int | None], Session] = getattr(importlib.import_module(name), function)
-    session = open_directory(row.directory, 1)
-    found = golden.check(session, golden.read(row.directory))
-    row.here = {**vars(found), "engine": session.info.engine, "engine_version": session.info.engine_version}
-    row.here["second"] = golden.second_engine(target, row.directory, golden.read(row.directory).answers)
-    if not found.met:
+    """Golden inputs through this machine's engine, in a process of its own."""
+    target = exported_row(row.entry)
+    if not target.opener:
+        raise MissingEngine(target.stand_in)
+    golden.read(row.directory)
+    said = golden_run.in_process(row.directory)
+    if said.get("missing"):
+        raise MissingEngine(said["missing"])
+    if said.get("problem"):
+        raise GoriError(said["problem"])
+    row.here = here = said["here"]
+    if not here["met"]:
         raise GoriError(
-            f"{row.directory} does not answer as it did when it was made: mean KL {found.kl_mean:.2e} on golden "
-            f"prompts, allowed {found.kl_bound:.2e} ({session.info.engine} {session.info.engine_version} here, "
+            f"{row.directory} does not answer as it did when it was made: mean KL {here['kl_mean']:.2e} on golden "
+            f"prompts, allowed {here['kl_bound']:.2e}, {here['same_answers']} of {here['answers']} answers, "
+            f"{here['same_at_home']} then ({here['engine']} {here['engine_version']} here, "
             f"{row.entry['engine_version']} then)"
         )
+    second = here["second"]
+    if second and second["same_answers"] < golden.SAME * second["answers"]:
+        raise GoriError(
+            f"{row.directory}: {second['engine']} gives {second['same_answers']} of {second['answers']} golden "
+            "answers: export again"
+        )
+
+
+def same_integers(rows: list[Row]) -> bool | None:
+    """Whether all artifacts hold the same integers; None where one was refused, not read, or holds none."""
+    if not all(r.ok and r.tensors for r in rows):
+        return None
+    return len({r.integers for r in rows}) == 1
 
 
 def ledger(rows: list[Row]) -> dict[str, Any]:
     """One JSON object over all artifacts."""
-    held = {r.integers for r in rows if r.integers}
-    return {"ok": all(r.ok for r in rows), "same_integers": len(held) <= 1, "artifacts": [r.as_dict() for r in rows]}
+    body = {"ok": all(r.ok for r in rows), "same_integers": same_integers(rows)}
+    return {**body, "artifacts": [r.as_dict() for r in rows]}
+
+
+def caption(rows: list[Row]) -> str:
+    """What can be said of all artifacts together."""
+    if len(rows) < 2:
+        return ""
+    same = same_integers(rows)
+    if same:
+        return "all hold the same integers"
+    sets: dict[str, list[str]] = {}
+    for r in rows:
+        if r.ok and r.tensors:
+            sets.setdefault(r.integers[:8], []).append(r.directory.name)
+    unread = [r.directory.name for r in rows if not (r.ok and r.tensors)]
+    parts = [f"{digest}: {', '.join(names)}" for digest, names in sets.items()]
+    return "; ".join([*parts, *([f"no integers read: {', '.join(unread)}"] if unread else [])])
 
 
 COLUMNS = (
     "artifact", "run by", "integers", "KL (floor)", "Δlogit (floor)", "top-1", "answers", "text", "bytes (packed ×)",
     "here", "signed",
 )  # fmt: skip
+NARROW = 150
+"""Columns of a terminal below which an artifact is a block of lines."""
 
 
-def table(rows: list[Row]) -> Table:
-    """The ledger for a reader: one line an artifact. What was measured when it was made, then what was found here."""
-    found = Table()
+def table(rows: list[Row], width: int = 200) -> str | Table:
+    """The ledger for a reader. What was measured when an artifact was made, then what was found here."""
+    good, refused = [r for r in rows if r.ok], [r for r in rows if not r.ok]
+    said = "\n".join(f"REFUSED {r.directory.name}: {r.problem}" for r in refused)
+    if not good:
+        return said
+    if width < NARROW:
+        blocks = ["\n".join(f"{n:>16}  {c}" for n, c in zip(COLUMNS, _cells(r), strict=True)) for r in good]
+        return "\n\n".join(filter(None, [*blocks, caption(rows), said]))
+    found = Table(caption="\n".join(filter(None, [caption(rows), said])) or None)
     for name in COLUMNS:
         found.add_column(name, overflow="fold")
-    for r in rows:
-        signed = {None: "–", True: "yes", False: "NO"}[r.signed]
-        if r.ok:
-            found.add_row(r.directory.name, *_cells(r), signed)
-        else:
-            found.add_row(r.directory.name, *[""] * 8, f"REFUSED: {r.problem}", signed)
-    held = {r.integers for r in rows if r.integers}
-    if len(rows) > 1:
-        found.caption = "all hold the same integers" if len(held) == 1 else f"{len(held)} different sets of integers"
+    for r in good:
+        found.add_row(*_cells(r))
     return found
 
 
@@ -227,8 +271,11 @@ def _cells(r: Row) -> tuple[str, ...]:
     here = r.not_run
     if r.here:
         here = f"KL {r.here['kl_mean']:.1e}, {r.here['same_answers']}/{r.here['answers']}{_second(r.here)}"
+        here += f"\n{r.here['second_missing']}" if r.here["second_missing"] else ""
     size = f"{e['file_bytes']:,} ({e['file_bytes'] / e['packed_bytes']:.2f})"
-    return (ran, f"{r.tensors} {r.integers[:8]}", *figures, text, size, here)
+    held = f"{r.tensors} {r.integers[:8]}" if r.tensors else "not read"
+    signed = {None: "–", True: "yes", False: "no"}[r.signed]
+    return (r.directory.name, ran, held, *figures, text, size, here, signed)
 
 
 def _second(found: dict[str, Any]) -> str:

@@ -77,6 +77,8 @@ def read_weights(source: Path) -> Weights:
     if cfg.tied and spec is None:
         floats.pop(HEAD, None)
     check_complete(cfg, {**floats, **integers}, source)
+    if broken := [n for n, t in floats.items() if not t.isfinite().all()]:
+        raise GoriError(f"{source}: {broken[0]} holds NaN or infinity: train it again with a lower learning rate")
     return Weights(cfg, integers, floats, spec)
 
 
@@ -184,6 +186,10 @@ def notes(w: Weights, contents: Mapping[str, Found]) -> list[str]:
     return [*(twice if copied else []), *(f"{n} is float: {why}" for n, why in matrices.items())]
 
 
-def names_of(contents: Mapping[str, Found]) -> Sequence[str]:
-    """Weights that hold integers."""
-    return [n for n, f in contents.items() if f.scale is not None]
+def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, context: int) -> None:
+    """Refuse golden prompts that no engine could read."""
+    for number, ids in enumerate(prompts, start=1):
+        if not 1 <= len(ids) <= context:
+            raise GoriError(f"prompt {number} has {len(ids)} tokens, allowed are 1 to the context's {context}")
+        if wrong := [t for t in ids if not 0 <= t < vocab_size]:
+            raise GoriError(f"prompt {number} holds token id {wrong[0]}, the vocabulary is 0..{vocab_size - 1}")

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -104,6 +105,21 @@ def check_replaceable(out: Path) -> None:
         raise GoriError(f"--out {out} is a file: name a directory")
     if out.is_dir() and any(out.iterdir()) and not _is_ours(out / MANIFEST):
         raise GoriError(f"--out {out} holds files but no {MANIFEST} of gori's: choose another directory, or empty it")
+
+
+def check_same_kind(out: Path, manifest: Manifest) -> None:
+    """Refuse to replace what another stage or target wrote, and files that no stage wrote."""
+    if not (out / MANIFEST).exists():
+        return
+    there = read_object(out / MANIFEST)
+    kind = ("stage", "name") if manifest.stage == "export" else ("stage",)
+    if any(there.get(k) != getattr(manifest, k) for k in kind):
+        raise GoriError(
+            f"--out {out} holds {there.get('stage')} {there.get('name')}, and {manifest.stage} {manifest.name} would "
+            "replace it: choose another directory, or remove it"
+        )
+    if spare := sorted(set(hash_files(out)) - set(there.get("files") or ())):
+        raise GoriError(f"--out {out} holds {spare[0]}, which gori did not write and would remove: move it away")
 
 
 def _is_ours(manifest: Path) -> bool:
@@ -271,6 +287,7 @@ def check_integrity(directory: Path) -> dict[str, Any]:
     Raises GoriError that names the first difference. It finds damage and mistakes; only a signature finds a forger.
     """
     path = Path(directory) / MANIFEST
+    check_plain(Path(directory))
     body = read_manifest(directory)
     stated = body.pop("sha256", None)
     try:
@@ -287,6 +304,20 @@ def check_integrity(directory: Path) -> dict[str, Any]:
     if wrong := [name for name in sorted(files) if found[name] != files[name]]:
         raise GoriError(f"{Path(directory) / wrong[0]} is not the file that was written: copy or make it again")
     return body
+
+
+def check_plain(directory: Path) -> None:
+    """Refuse links, pipes and empty directories: no hash speaks for them."""
+    for at, directories, files in os.walk(directory):
+        here = Path(at)
+        if not directories and not files and here != directory:
+            raise GoriError(
+                f"{directory} holds the empty directory {here.name!r}: remove it or make the artifact again"
+            )
+        for name in (*directories, *files):
+            mode = (here / name).lstat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise GoriError(f"{directory} holds {name!r}, which is no plain file: remove it or make it again")
 
 
 def content_hash(path: Path) -> str:
@@ -337,6 +368,7 @@ def make(out: Path, manifest: Manifest, build: Callable[[Path], None], scratch: 
         _planned.append(not is_current(out, manifest.fingerprint))
         return False
     recover(out)
+    check_same_kind(out, manifest)
     current = is_current(out, manifest.fingerprint)
     if current:
         console.log(f"{manifest.stage} {manifest.name}: unchanged, skipped ({out})")

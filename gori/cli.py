@@ -88,6 +88,11 @@ def main(arguments: list[str] | None = None) -> None:
     except GoriError as e:
         _say(e)
         sys.exit(1)
+    except ModuleNotFoundError as e:
+        if e.name not in ("torch", "torchao", "transformers"):
+            raise
+        _say(GoriError(f"this needs {e.name}, which is not installed here: pip install {e.name}"))
+        sys.exit(1)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

@@ -53,14 +53,18 @@ def log(message: str) -> None:
     stderr.print(message, markup=False, soft_wrap=True)
 
 
+def table_width() -> int:
+    """Columns for a table on stdout; a pipe or file has none, so that no cell is folded there."""
+    return Console().width if sys.stdout.isatty() else UNFOLDED
+
+
 def result(value: Any, as_json: bool, text: str | Table) -> None:
     """Print a command's result to stdout: one JSON object, or its text or table."""
     if as_json:
         print(json.dumps(value, ensure_ascii=False))
     elif isinstance(text, Table):
-        # a pipe or file has no width: wide enough that no cell is folded; markup would eat `gori[extra]`
-        width = None if sys.stdout.isatty() else UNFOLDED
-        Console(highlight=False, emoji=False, markup=False, width=width).print(text)
+        # markup would eat `gori[extra]`
+        Console(highlight=False, emoji=False, markup=False, width=table_width()).print(text)
     else:
         print(text)
 

@@ -53,12 +53,12 @@ def _target_row(t: Target, what: str, *modules: str) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # engines warn of their own innards when they are imported
             for module in modules:
-                importlib.import_module(module)
+                getattr(importlib.import_module(module), "check", lambda: None)()
         works, mend = True, ""
     except (ImportError, GoriError) as e:
-        works, mend = False, f"pip install 'gori[{t.extra}]' ({e})"
+        works, mend = False, str(e) if isinstance(e, GoriError) else f"pip install 'gori[{t.extra}]' ({e})"
     if what == "run" and t.stand_in and works:
-        mend = f"not the engine itself: {t.stand_in}"
+        mend = f"for `gori verify` alone: {t.stand_in}"
     found = [f"{p} {v}" for p in t.packages if (v := _version(p))]
     row = {"name": f"{t.name}: {what} {t.file}", "works": works, "version": ", ".join(found)}
     return {**row, "needed": False, "mend": mend}

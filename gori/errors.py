@@ -10,6 +10,10 @@ class GoriError(Exception):
     """One sentence: what was got, what is allowed, and the mend. The command line prints it and exits 1."""
 
 
+class MissingEngine(GoriError):  # noqa: N818 (what is missing is no error of the user's)
+    """A package or an environment that running or reading needs is not here; the sentence says how to get it."""
+
+
 class GateError(GoriError):
     """A gate or a budget was not met; the command line exits 3."""
 

@@ -223,6 +223,11 @@ def _read_tensor(raw: dict[str, Tensor], name: str, scheme: TensorScheme, direct
     groups = q.shape[1] // scheme.group_size if scheme.group_size else 1
     if scale.shape != (q.shape[0], groups):
         raise GoriError(f"{directory}: {name}.scale has shape {list(scale.shape)}, expected {[q.shape[0], groups]}")
+    if not ((scale > 0) & (scale == scale.to(torch.bfloat16).float())).all():
+        raise GoriError(
+            f"{directory}: {name}.scale holds values that are not positive numbers of a bfloat16's precision, which "
+            "every target keeps exactly: quantize again with gori"
+        )
     return QuantizedTensor(q, scale, scheme)
 
 

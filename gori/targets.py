@@ -6,12 +6,11 @@ exporter and the reader of a target are named and imported when they are used.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from gori.errors import GoriError, nearest
-
-GROUPS = ("g32", "g64", "g128")
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,8 @@ class Target:
     """Whether the format stores a tied table once more as the head."""
     float_bits: int = 32
     """Width of the weights that stayed float."""
+    carries_tokenizer: bool = False
+    """Whether the file holds the tokenizer, too: its size is then no waste."""
     stand_in: str = ""
     """Where the engine does not run on Linux: what was run in its place. Empty: the engine itself runs."""
     second: tuple[str, str] | None = None
@@ -135,6 +136,7 @@ TARGETS: dict[str, Target] = {
         ),
         Target(
             name="gguf",
+            carries_tokenizer=True,
             file="model.gguf",
             engine="llama.cpp",
             extra="gguf",
@@ -155,6 +157,7 @@ TARGETS: dict[str, Target] = {
         ),
         Target(
             name="atom-max",
+            carries_tokenizer=True,
             file="checkpoint",
             engine="RBLN SDK on ATOM-Max",
             extra="atom-max",
@@ -218,6 +221,16 @@ def target(name: str) -> Target:
     if name not in TARGETS:
         raise GoriError(f"target {name!r} is unknown{nearest(name, TARGETS)}")
     return TARGETS[name]
+
+
+def exported_row(entry: Mapping[str, Any]) -> Target:
+    """The row of an artifact's parity.json, a variant's where it names one."""
+    name, backend = entry.get("target"), entry.get("backend")
+    if name == "executorch" and backend:
+        if backend not in VARIANTS:
+            raise GoriError(f"backend {backend!r} is unknown{nearest(str(backend), VARIANTS)}")
+        return VARIANTS[backend]
+    return target(str(name))
 
 
 def markdown() -> str:

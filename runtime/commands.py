@@ -171,8 +171,14 @@ def evaluate_command(
         body |= {"same_calls": agreement(answers, theirs, functions), **compare(model, against, rows, threads)}
     for a in [a for a in answers if not a["exact"]][:failures]:
         console.log(f"{a['utterance']}\n  wanted {a['wanted']}\n  got    {a['answer']}")
-    shown = "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in body.items())
+    shown = "  ".join(_figure(k, v) for k, v in body.items())
     console.result(body, as_json, f"{data_file.stem}: {shown}")
+
+
+def _figure(name: str, value: float) -> str:
+    """A figure of an evaluation; divergences are far below the fourth decimal."""
+    form = ".2e" if name.startswith("kl") else ".4f"
+    return f"{name} {value:{form}}" if isinstance(value, float) else f"{name} {value}"
 
 
 @click.command(epilog="Example: gori bench demo/export/executorch --threads 1")

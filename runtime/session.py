@@ -120,6 +120,8 @@ class Session(ABC):
     def restore(self, snapshot: Snapshot) -> None:
         """Make the history the snapshot's; ids that are still in the cache are not computed again."""
         ids = snapshot.ids
+        if len(ids) > self.info.context:
+            raise GoriError(f"a snapshot of {len(ids)} tokens exceeds the context of {self.info.context}: shorten it")
         kept = _common_prefix(ids, self._written)
         self._length = kept
         if kept < len(ids):
@@ -164,6 +166,10 @@ def open_session(path: Path | str, threads: int | None = None) -> Session:
     engine, file = find_engine(path)
     if engine is not None:
         return getattr(importlib.import_module(engine.module), engine.opener)(file, threads)
+    if (path / "parity.json").exists():
+        raise GoriError(
+            f"{path} was exported for an engine that does not run here: `gori verify {path}` runs its stand-in"
+        )
     known = ", ".join(f"{e.holds} ({e.name})" for e in ENGINES)
     raise GoriError(f"{path} {'holds' if path.is_dir() else 'is'} nothing that gori runs: a session opens {known}")
 

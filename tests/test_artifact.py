@@ -99,7 +99,7 @@ def test_a_flipped_byte_a_spare_file_and_a_missing_one_are_noticed(tmp_path: Pat
         body[3] ^= 1
         (out / "file").write_bytes(body)
 
-    for number, change in enumerate((flip, lambda o: (o / "spare").touch(), lambda o: (o / "file").unlink())):
+    for number, change in enumerate((flip, lambda o: (o / "file").unlink())):
         out = tmp_path / str(number)
         write(out, "hello")
         assert is_current(out, manifest().fingerprint)
@@ -274,3 +274,21 @@ def test_a_manifest_lists_every_file_with_its_hash(tmp_path: Path) -> None:
     assert body["files"] == {"sub/b": {"sha256": hashlib.sha256(b"abc").hexdigest(), "bytes": 3}}
     assert body["versions"]["gori"]
     shutil.rmtree(tmp_path / "out")
+
+
+def test_what_another_stage_or_a_user_put_there_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write(out, "hello")
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(GoriError, match=r"holds notes\.txt, which gori did not write"):
+        write(out, "other", a=1)
+    (out / "notes.txt").unlink()
+    with pytest.raises(GoriError, match="holds stage name, and other name would replace it"):
+        make(out, Manifest("other", "name", 0, {}, {}), lambda tmp: None)
+    assert (out / "file").read_text() == "hello"
+
+
+def test_an_export_does_not_replace_one_for_another_target(tmp_path: Path) -> None:
+    make(tmp_path / "out", Manifest("export", "gguf", 0, {}, {}), lambda tmp: (tmp / "file").write_text("x") and None)
+    with pytest.raises(GoriError, match="holds export gguf, and export litert would replace it"):
+        make(tmp_path / "out", Manifest("export", "litert", 0, {}, {}), lambda tmp: None)

@@ -5,7 +5,9 @@ One small GGUF artifact is made for the file; what is checked here is the same f
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -18,14 +20,15 @@ import pytest
 from click.testing import CliRunner
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from rich.console import Console
 
 from gori.artifact import rendered, sha256_json
 from gori.errors import GoriError
-from gori.export import golden
+from gori.export import golden, golden_run
 from gori.export.build import export
 from gori.export.commands import sign, verify
 from gori.export.signing import check_signature, sign_artifact
-from gori.export.verify import verify_all, verify_one
+from gori.export.verify import caption, same_integers, table, verify_all, verify_one
 from students import CHUNK, CONTEXT, Case, of, write_checkpoint
 
 
@@ -162,19 +165,42 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], bool, str]] = {
     "a missing template": (lambda o: (o / "chat_template.jinja").unlink(), False, "lacks chat_template.jinja"),
     "a missing template, resealed": (lambda o: (o / "chat_template.jinja").unlink(), True, "chat_template.jinja"),
     "a file too many": (lambda o: (o / "extra.so").write_bytes(b"x"), False, "holds extra.so, which its manifest does"),
+    "an empty directory": (lambda o: (o / "empty").mkdir(), False, "holds the empty directory 'empty'"),
+    "a link to nowhere": (lambda o: (o / "x").symlink_to("nowhere"), False, "holds 'x', which is no plain file"),
+    "a link in the file's place": (
+        lambda o: (o / "model.gguf").rename(o.parent / "m") and (o / "model.gguf").symlink_to(o.parent / "m"), True,
+        "holds 'model.gguf', which is no plain file",
+    ),
+    "a pipe for a manifest": (
+        lambda o: (o / "manifest.json").unlink() or os.mkfifo(o / "manifest.json"), False, "which is no plain file",
+    ),
+    "a name of two lines": (lambda o: (o / "a\nb").write_text(""), False, "holds a b, which its manifest does"),
+    "a parity of no bytes": (edit("parity.json", packed_bytes=0), True, "field 'packed_bytes'"),
+    "a parity of text": (edit("parity.json", parity="x"), True, "field 'parity'"),
+    "a parity without figures": (edit("parity.json", parity={"engine": {}, "floor": {}}), True, "field 'parity'"),
+    "other answers": (
+        lambda o: edit("golden.json", answers=[
+            {"text": "", "prompt": [1, 2], "answer": [7, 7, 7]} for _ in range(12)
+        ])(o), True, "0 of 12 answers",
+    ),
     "no manifest": (lambda o: (o / "manifest.json").unlink(), False, "has no manifest.json"),
     "no parity": (lambda o: (o / "parity.json").unlink(), True, "parity.json"),
     "another parity": (edit("parity.json", schema_version=2), True, "version that this gori does not read"),
     "an unknown target": (edit("parity.json", target="onnx"), True, "version that this gori does not read"),
     "a parity of nothing": (lambda o: (o / "parity.json").write_text("[]"), True, "parity.json"),
     "a parity without parts": (
-        lambda o: (o / "parity.json").write_text('{"schema_version": 1, "target": "gguf"}'), True, "did not write",
+        lambda o: (o / "parity.json").write_text('{"schema_version": 1, "target": "gguf"}'), True, "field 'engine'",
     ),
     "a golden of another version": (edit("golden.json", schema_version=9), True, "golden.json has version 9"),
-    "a golden without rows": (edit("golden.json", rows=[]), True, "golden"),
-    "a golden of words": (edit("golden.json", rows=[{"prompt": ["a"], "top": [], "log_p": []}]), True, "golden"),
+    "a golden without rows": (edit("golden.json", prompts=[], top=[], log_p=[]), True, "fields of golden"),
+    "a golden of words": (edit("golden.json", prompts=[["a"]]), True, "is no list of token ids"),
+    "a golden of infinity": (edit("golden.json", prompts=[[float("inf")]]), True, "is no list of token ids"),
+    "a golden of other rows": (edit("golden.json", prompts=[[1]]), True, "for 1 positions"),
+    "a golden with foreign tokens": (
+        edit("golden.json", prompts=[[1]], top=[[10**6]], log_p=[[0.0]]), True, "name token 1000000",
+    ),
     "a golden with foreign ids": (
-        edit("golden.json", rows=[{"prompt": [10**6], "top": [[1]], "log_p": [[0.0]]}]), True, "",
+        edit("golden.json", prompts=[[10**6]], top=[[1]], log_p=[[0.0]]), True, "token id 1000000 is outside",
     ),
     "integers of nothing": (edit("integers.json", tensors={}), True, "8 of 8 tensors in"),
     "integers of another kind": (edit("integers.json", tensors=[1]), True, "integers.json"),
@@ -199,8 +225,7 @@ def test_damage_is_refused_in_one_sentence(what: str, copy: Path) -> None:
 def test_an_engine_that_answers_otherwise_is_refused(copy: Path) -> None:
     """Golden outputs of another model: the hashes are right, the answers are not."""
     body = json.loads((copy / "golden.json").read_text())
-    for row in body["rows"]:
-        row["top"] = row["top"][::-1]
+    body["top"] = [row[::-1] for row in body["top"]]
     (copy / "golden.json").write_text(rendered(body))
     reseal_files(copy)
     assert "does not answer as it did when it was made" in refusal(copy)
@@ -212,6 +237,65 @@ def test_one_bad_artifact_does_not_keep_the_others_from_being_checked(artifact: 
     (tmp_path / "b" / "parity.json").write_text("{")
     rows = verify_all(tmp_path, run=False)
     assert [(r.directory.name, r.ok) for r in rows] == [("a", True), ("b", False), ("c", True)]
+
+
+def test_an_artifact_without_its_manifest_is_seen_among_others(artifact: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(artifact, tmp_path / name)
+    (tmp_path / "b" / "manifest.json").unlink()
+    assert [(r.directory.name, r.ok) for r in verify_all(tmp_path, run=False)] == [("a", True), ("b", False)]
+
+
+def test_the_same_integers_are_only_claimed_of_integers_that_were_read(artifact: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(artifact, tmp_path / "two" / name)
+    rows = verify_all(tmp_path / "two", run=False)
+    assert same_integers(rows) is True
+    rows[1].integers = "0" * 64
+    assert same_integers(rows) is False
+    assert caption(rows) == f"{rows[0].integers[:8]}: a; 00000000: b"
+    rows[1].tensors = 0  # not read, or a float student
+    assert same_integers(rows) is None
+    assert caption(rows).endswith("no integers read: b")
+
+
+def test_an_engine_that_is_not_installed_is_said_and_no_refusal(artifact: Path, tmp_path: Path) -> None:
+    """A copy of the interpreter's path without the wheel: what another machine is."""
+    (tmp_path / "xllamacpp").mkdir()
+    (tmp_path / "xllamacpp" / "__init__.py").write_text("raise ModuleNotFoundError('no xllamacpp', name='xllamacpp')")
+    command = [sys.executable, "-m", "gori", "verify", str(artifact), "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    (row,) = json.loads(done.stdout)["artifacts"]
+    assert (row["ok"], row["tensors"], row["here"]) == (True, 8, {})
+    assert "gori[gguf]" in row["not_run"]
+
+
+def test_an_engine_that_ends_is_a_refusal_and_not_the_end(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(golden_run, "sys", type("S", (), {"executable": "/bin/false"}))
+    assert "ended with 1" in refusal(copy)
+
+
+def test_a_relative_path_verifies_too(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pem, public = keys(tmp_path, ec.SECP256R1())
+    monkeypatch.chdir(copy.parent)
+    sign_artifact(Path(copy.name), str(pem))
+    check_signature(Path(copy.name), public)
+    copy.rename(tmp_path / "moved")
+    check_signature(tmp_path / "moved", public)
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_the_table_shows_every_artifact_at_any_width(width: int, artifact: Path, tmp_path: Path) -> None:
+    for name in ("good", "bad"):
+        shutil.copytree(artifact, tmp_path / name)
+    (tmp_path / "bad" / "parity.json").write_text("{")
+    console = Console(width=width, file=io.StringIO())
+    console.print(table(verify_all(tmp_path, run=False), width))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "good" in shown
+    assert "REFUSED bad" in shown
+    assert "eager" not in shown
 
 
 def test_nothing_to_verify_is_said(tmp_path: Path) -> None:
