@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -99,3 +100,23 @@ def gori() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, **more)  # type: ignore[call-overload]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def artifact(tmp_path_factory: pytest.TempPathFactory, toy_tokenizer: Path) -> Path:
+    """A small student's GGUF with the toy task's tokenizer, exported once."""
+    from gori.export.build import export
+    from students import CHUNK, CONTEXT, Case, of, write_checkpoint
+
+    root = tmp_path_factory.mktemp("verify")
+    source = write_checkpoint(Case(of("qwen3", vocab_size=360), "w4a8-g32"), root / "student")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tools.json"):
+        shutil.copyfile(toy_tokenizer / name, source / name)
+    export("gguf", source, root / "gguf", context=CONTEXT, chunk=CHUNK)
+    return root / "gguf"
+
+
+@pytest.fixture
+def copy(artifact: Path, tmp_path: Path) -> Path:
+    """One that a test may damage."""
+    return Path(shutil.copytree(artifact, tmp_path / "copy"))

@@ -18,48 +18,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from rich.console import Console
 
-from gori.artifact import rendered, sha256_json
+from gori.artifact import rendered
 from gori.errors import GoriError
 from gori.export import golden, golden_run
 from gori.export.build import export
-from gori.export.commands import sign, verify
-from gori.export.signing import check_signature, sign_artifact
-from gori.export.verify import caption, same_integers, table, verify_all, verify_one
-from students import CHUNK, CONTEXT, Case, of, write_checkpoint
-
-
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory, toy_tokenizer: Path) -> Path:
-    """An exported student with the toy task's tokenizer."""
-    root = tmp_path_factory.mktemp("verify")
-    source = write_checkpoint(Case(of("qwen3", vocab_size=360), "w4a8-g32"), root / "student")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tools.json"):
-        shutil.copyfile(toy_tokenizer / name, source / name)
-    export("gguf", source, root / "gguf", context=CONTEXT, chunk=CHUNK)
-    return root / "gguf"
-
-
-@pytest.fixture
-def copy(artifact: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(artifact, tmp_path / "copy"))
-
-
-def seal(directory: Path, **changes: object) -> None:
-    """Rewrite the manifest as gori would have: what a careful forger without the key can do."""
-    body = json.loads((directory / "manifest.json").read_text())
-    body.pop("sha256")
-    body |= changes
-    (directory / "manifest.json").write_text(rendered({**body, "sha256": sha256_json(body)}))
-
-
-def reseal_files(directory: Path) -> None:
-    from gori.artifact import hash_files
-
-    seal(directory, files=hash_files(directory))
+from gori.export.commands import verify
+from gori.export.verify import caption, same_integers, table, verify_all
+from sealing import reseal_files, seal
+from students import CHUNK, CONTEXT
 
 
 def refusal(directory: Path, key: Path | None = None) -> str:
@@ -276,15 +244,6 @@ def test_an_engine_that_ends_is_a_refusal_and_not_the_end(copy: Path, monkeypatc
     assert "ended with 1" in refusal(copy)
 
 
-def test_a_relative_path_verifies_too(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pem, public = keys(tmp_path, ec.SECP256R1())
-    monkeypatch.chdir(copy.parent)
-    sign_artifact(Path(copy.name), str(pem))
-    check_signature(Path(copy.name), public)
-    copy.rename(tmp_path / "moved")
-    check_signature(tmp_path / "moved", public)
-
-
 @pytest.mark.parametrize("width", [80, 200])
 def test_the_table_shows_every_artifact_at_any_width(width: int, artifact: Path, tmp_path: Path) -> None:
     for name in ("good", "bad"):
@@ -309,105 +268,6 @@ def test_verifying_a_gguf_loads_no_torch(artifact: Path) -> None:
     code = f"import sys\nfrom gori.cli import main\ntry: main(['verify', {str(artifact)!r}])\nexcept SystemExit: pass\n"
     command = [sys.executable, "-c", f"{code}print('TORCH', 'torch' in sys.modules)"]
     assert "TORCH False" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def keys(directory: Path, curve: ec.EllipticCurve) -> tuple[Path, Path]:
-    private = ec.generate_private_key(curve)
-    pem, public = directory / "private.pem", directory / "public.pem"
-    none = serialization.NoEncryption()
-    pem.write_bytes(private.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, none))
-    form = serialization.PublicFormat.SubjectPublicKeyInfo
-    public.write_bytes(private.public_key().public_bytes(serialization.Encoding.PEM, form))
-    return pem, public
-
-
-@pytest.mark.parametrize("curve", [ec.SECP256R1(), ec.SECP384R1()])
-def test_a_signed_artifact_verifies_with_its_key_and_no_other(
-    curve: ec.EllipticCurve, copy: Path, tmp_path: Path
-) -> None:
-    pem, public = keys(tmp_path, curve)
-    (tmp_path / "other").mkdir()
-    _, other = keys(tmp_path / "other", curve)
-    run = CliRunner().invoke(sign, [str(copy), "--key", str(pem), "--json"])
-    assert run.exit_code == 0, run.output
-    assert verify_one(copy, public, run=False).signed is True
-    assert verify_one(copy, run=False).ok
-    assert "is not one that" in verify_one(copy, other, run=False).problem
-
-
-@pytest.mark.parametrize("name", ["model.gguf", "tools.json", "manifest.json", "signature.json"])
-def test_a_signed_artifact_that_was_changed_and_resealed_is_refused(name: str, copy: Path, tmp_path: Path) -> None:
-    pem, public = keys(tmp_path, ec.SECP256R1())
-    sign_artifact(copy, str(pem))
-    if name == "manifest.json":
-        seal(copy, seed=1)
-    else:
-        whole = (copy / name).read_bytes()
-        middle = len(whole) // 2
-        (copy / name).write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
-        reseal_files(copy)
-    with pytest.raises(GoriError, match=r"is not one that .*public\.pem verifies"):
-        check_signature(copy, public)
-
-
-def test_signing_again_replaces_the_signature(copy: Path, tmp_path: Path) -> None:
-    pem, public = keys(tmp_path, ec.SECP256R1())
-    sign_artifact(copy, str(pem))
-    sign_artifact(copy, str(pem))
-    check_signature(copy, public)
-
-
-def test_what_cannot_sign_or_was_not_signed_is_refused(copy: Path, tmp_path: Path) -> None:
-    pem, public = keys(tmp_path, ec.SECP256R1())
-    with pytest.raises(GoriError, match="is not signed: `gori sign"):
-        check_signature(copy, public)
-    with pytest.raises(GoriError, match="is not a file: name a PEM file of an ECDSA private key"):
-        sign_artifact(copy, str(tmp_path / "none.pem"))
-    with pytest.raises(GoriError, match="does not sign"):
-        sign_artifact(copy, str(public))
-    (copy / "tools.json").write_text("[1]")
-    with pytest.raises(GoriError, match="not the file that was written"):
-        sign_artifact(copy, str(pem))
-
-
-SOFTHSM = next((p for p in map(Path, ("/usr/lib/softhsm/libsofthsm2.so",)) if p.exists()), None)
-
-
-@pytest.mark.skipif(SOFTHSM is None, reason="no PKCS#11 token here: Debian's softhsm2 brings one in software")
-def test_a_key_on_a_pkcs11_token_signs(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens = tmp_path / "tokens"
-    tokens.mkdir()
-    (tmp_path / "softhsm2.conf").write_text(f"directories.tokendir = {tokens}\nobjectstore.backend = file\n")
-    monkeypatch.setenv("SOFTHSM2_CONF", str(tmp_path / "softhsm2.conf"))
-    pem, public = keys(tmp_path, ec.SECP256R1())
-    label = ["--token", "gori", "--pin", "1234"]
-    for command in (
-        ["--init-token", "--free", "--label", "gori", "--pin", "1234", "--so-pin", "5678"],
-        ["--import", str(pem), *label, "--label", "release", "--id", "01"],
-    ):
-        subprocess.run(["softhsm2-util", *command], check=True, capture_output=True)
-    uri = f"pkcs11:token=gori;object=release?module-path={SOFTHSM}&pin-value=1234"
-    body = sign_artifact(copy, uri)
-    assert body["files"] > 5
-    check_signature(copy, public)
-    with pytest.raises(GoriError, match="does not sign") as e:
-        sign_artifact(copy, uri.replace("release", "none"))
-    assert "1234" not in str(e.value)
-
-
-def test_the_bill_of_materials_is_valid_cyclonedx(artifact: Path) -> None:
-    from cyclonedx.schema import SchemaVersion
-    from cyclonedx.validation.json import JsonStrictValidator
-
-    text = (artifact / "bom.cdx.json").read_text()
-    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
-    body = json.loads(text)
-    kinds = {c["type"] for c in body["components"]}
-    assert {"file", "library", "platform"} <= kinds
-    assert body["metadata"]["component"]["type"] == "machine-learning-model"
-    hashes = {c["name"]: c["hashes"][0]["content"] for c in body["components"] if c["type"] == "file"}
-    manifest = json.loads((artifact / "manifest.json").read_text())
-    assert hashes["model.gguf"] == manifest["files"]["model.gguf"]["sha256"]
 
 
 def test_the_same_export_writes_the_same_bytes_again(artifact: Path, tmp_path: Path) -> None:
