@@ -6,7 +6,7 @@ DEMO ?= demo
 
 .PHONY: demo test test-slow lint format setup clean
 
-setup: $(VENV)/.ready
+setup: $(VENV)/.ready $(VENV)/tflite-2.14/.ready
 
 # torch first: with the pinned build present nothing below pulls another one
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -25,11 +25,11 @@ $(VENV)/tflite-2.14/.ready: $(VENV)/.ready
 demo: setup
 	$(BIN)/gori demo --out $(DEMO)
 
-test: setup $(VENV)/tflite-2.14/.ready
-	GORI_TFLITE_VENV=$(CURDIR)/$(VENV)/tflite-2.14 $(BIN)/python -m pytest
+test: setup
+	$(BIN)/python -m pytest
 
-test-slow: setup $(VENV)/tflite-2.14/.ready
-	GORI_TFLITE_VENV=$(CURDIR)/$(VENV)/tflite-2.14 $(BIN)/python -m pytest -m slow
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
 
 # pyright reads an installed copy: checkers do not follow the package-dir mapping of an editable install
 lint: setup
