@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -259,3 +260,22 @@ def test_what_a_late_stage_would_refuse_is_refused_before_any_training(override:
     with pytest.raises(GoriError, match=LATE[override]):
         run_recipe(recipe.load(path, (override,)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_further_targets_are_added_to_a_finished_run_and_stand_ins_are_not_evaluated(
+    tiny: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(tiny / "out", tmp_path / "out")
+    several = "export=[{target: executorch}, {target: gguf}, {target: coreml}]"
+    _, err = finish(gori("run", tiny / "recipe.yaml", "--out", out, "--set", several))
+    assert "export executorch: unchanged, skipped" in err
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["targets"] == ["executorch", "gguf"]
+    assert set(summary["accuracy"]) >= {"executorch", "gguf"}
+    assert "coreml" not in summary["accuracy"]
+    assert summary["bytes"]["gguf"] == (out / "export/gguf/model.gguf").stat().st_size
+    said, _ = finish(gori("verify", out, "--json"))
+    body = json.loads(said)
+    assert (body["ok"], body["same_integers"], len(body["artifacts"])) == (True, True, 3)
+    manifest = json.loads((out / "export/coreml/manifest.json").read_text())
+    assert [e["stage"] for e in manifest["lineage"]] == ["quantize", "distill", "tokenizer", "teacher"]
