@@ -1,21 +1,26 @@
 """What a written file holds, as its reader found it, and whether that is what was to be carried. NumPy alone.
 
-Every format's reader gives `{Hugging Face name: Found}`; the comparison, and the hash by which two files of one student
-are seen to hold the same integers, are here for all of them.
+Every format's reader gives `{Hugging Face name: Found}`; the comparison, the hash by which two files of one student
+are seen to hold the same integers, and what several readers need (the names of a decoder's linears, nibbles) are here
+for all of them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gori.artifact import read_object
 from gori.errors import GoriError
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -79,3 +84,37 @@ def compare(found: Mapping[str, Found], want: Mapping[str, Found], file: str) ->
 def digests(contents: Mapping[str, Found]) -> dict[str, str]:
     """Weight → hash of its integers and scales; float weights are left out, formats keep them at different widths."""
     return {name: f.digest() for name, f in sorted(contents.items()) if f.scale is not None}
+
+
+def linears_of(directory: Path) -> list[str]:
+    """The linears of the decoder that config.json describes, in running order; the head is the last."""
+    body = read_object(directory / "config.json")
+    parts = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
+    return [f"model.layers.{i}.{p}.weight" for i in range(int(body["num_hidden_layers"])) for p in parts] + [HEAD]
+
+
+def named(file: Path, table: Found, linears: Sequence[Found]) -> dict[str, Found]:
+    """A decoder's weights by name, where a file tells them apart by their running order alone. A head that is the table
+    has no entry of its own. Raises GoriError if they are not as many as config.json beside the file asks for."""
+    names = linears_of(file.parent)
+    if len(linears) != len(names):
+        raise GoriError(
+            f"{file} holds {len(linears)} linear layers, config.json asks for {len(names)}: export it again"
+        )
+    found = {EMBEDDING: table, **dict(zip(names, linears, strict=True))}
+    if found[HEAD] is table:
+        del found[HEAD]
+    return found
+
+
+def unpack_int4(packed: NDArray[np.uint8]) -> NDArray[np.int8]:
+    """Two's-complement nibbles, low first, to int8 in one dimension."""
+    both = np.empty((packed.size, 2), np.int8)
+    both[:, 0] = (packed.reshape(-1) << 4).view(np.int8) >> 4
+    both[:, 1] = packed.reshape(-1).view(np.int8) >> 4
+    return both.reshape(-1)
+
+
+def one_line(e: BaseException) -> str:
+    """What an error says, without line breaks: a protocol buffer's or an engine's goes over many."""
+    return " ".join(str(e).split())[:300] or type(e).__name__

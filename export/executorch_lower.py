@@ -1,11 +1,13 @@
 """From the graph to the bytes of a .pte: torch.export, XNNPACK for every linear, memory planning.
 
-Knows nothing of checkpoints. Two hooks make it fast, both specific to the pinned ExecuTorch: nothing that XNNPACK takes
+Knows nothing of checkpoints; tracing and finishing serve the other backends, too. Two hooks make it fast, both specific to the pinned ExecuTorch: nothing that XNNPACK takes
 is decomposed first, and each delegate runs one conversion pass in place of seventeen (docs/executorch.md).
 """
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,17 +15,29 @@ from typing import Any
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
-from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir import (
+    EdgeCompileConfig,
+    EdgeProgramManager,
+    ExecutorchBackendConfig,
+    ExecutorchProgramManager,
+    to_edge_transform_and_lower,
+)
 from executorch.exir.backend.backend_details import CompileSpec
 from executorch.exir.backend.partitioner import DelegationSpec, PartitionResult
+from executorch.exir.backend.utils import WhyNoPartition
 from executorch.exir.dialects._ops import ops as exir_ops
 from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from gori.errors import GoriError
+
+Metadata = dict[str, int | bool | list[int]]
+"""Methods of the program that return constants."""
 
 decomposed: Any = torch.ops.quantized_decomposed
 edge: Any = exir_ops.edge.aten
@@ -83,20 +97,59 @@ def _module_path(node: Node) -> str:
     return next(reversed(stack.values()))[0]
 
 
-def lower(graph: nn.Module, chunk: int, metadata: dict[str, int | bool | list[int]]) -> Lowered:
+def lower(graph: nn.Module, chunk: int, metadata: Metadata) -> Lowered:
     """The .pte of a module `forward(tokens [1, S], input_pos [1])` whose calls take 1..chunk tokens; `metadata` become
     methods that return constants. Raises GoriError if XNNPACK does not take every linear."""
-    example = (torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
-    shapes = {"tokens": {1: Dim("S", min=1, max=chunk)}, "input_pos": None}
-    with torch.no_grad():
-        exported = torch.export.export(graph, example, dynamic_shapes=shapes, strict=False)
     partitioner = Partitioner()
-    program = to_edge_transform_and_lower(
+    try:
+        program = finished(to_edge(traced(graph, chunk), partitioner, metadata))
+        plan = next(p for p in program.executorch_program.execution_plan if p.name == "forward")
+        return Lowered(program.buffer, partitioner.delegated, sum(plan.non_const_buffer_sizes))
+    finally:
+        forget()
+
+
+def arguments(tokens: int) -> tuple[Tensor, Tensor]:
+    """Of one call of `forward`."""
+    return torch.zeros(1, tokens, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+
+
+def traced(graph: nn.Module, chunk: int) -> ExportedProgram:
+    """The graph of calls of 1..chunk tokens; of one token alone the length is no variable."""
+    # torch.export makes a length of one a constant, and refuses a variable whose range is a single number
+    shapes = {"tokens": {1: Dim("S", min=1, max=chunk)}, "input_pos": None} if chunk > 1 else None
+    with torch.no_grad():
+        return torch.export.export(graph, arguments(min(2, chunk)), dynamic_shapes=shapes, strict=False)
+
+
+def to_edge(exported: ExportedProgram, partitioner: Any, metadata: Metadata) -> EdgeProgramManager:
+    """The graph with everything that the partitioner takes behind a delegate."""
+    return to_edge_transform_and_lower(
         exported,
         partitioner=[partitioner],
         constant_methods=metadata,
         compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-    ).to_executorch(
+    )
+
+
+def forget() -> None:
+    """Let go of what was lowered. torch's caches of shapes and of meta kernels, ExecuTorch's of compared nodes, and
+    what its partitioner remembers of the last node that it left would keep the whole program, weights too (110 MiB of
+    a 100M model), until the process ends."""
+    FakeTensorMode.cache_clear()
+    caches = [v for v in vars(ShapeEnv).values() if hasattr(v, "cache_clear")]
+    for name, module in list(sys.modules.items()):
+        if name.startswith("executorch."):
+            caches += [v for v in vars(module).values() if isinstance(v, functools._lru_cache_wrapper)]
+            if isinstance(why := vars(module).get("why"), WhyNoPartition):
+                why.node = None
+    for cache in caches:
+        cache.cache_clear()
+
+
+def finished(edge: EdgeProgramManager) -> ExecutorchProgramManager:
+    """The program with its memory planned."""
+    return edge.to_executorch(
         ExecutorchBackendConfig(
             extract_delegate_segments=True,
             do_quant_fusion_and_const_prop=False,
@@ -104,5 +157,3 @@ def lower(graph: nn.Module, chunk: int, metadata: dict[str, int | bool | list[in
             sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
         )
     )
-    plan = next(p for p in program.executorch_program.execution_plan if p.name == "forward")
-    return Lowered(bytes(program.buffer), partitioner.delegated, sum(plan.non_const_buffer_sizes))

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gori.artifact import read_object
 from gori.errors import GoriError
-from gori.export.contents import Found
+from gori.export.contents import Found, named
 from gori.export.executorch_warnings import upstream_warnings
 
 with upstream_warnings():
@@ -29,7 +28,6 @@ with upstream_warnings():
     from executorch.exir.schema import DelegateCall, ExecutionPlan, KernelCall
     from executorch.exir.schema import Tensor as TensorValue
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 XNNPACK = "XnnpackBackend"
 SERIALIZATION = "executorch.backends.xnnpack.serialization"
 TABLE_OPS = {
@@ -51,17 +49,7 @@ def read(directory: Path) -> dict[str, Found]:
         raise
     except Exception as e:  # a damaged flatbuffer fails anywhere in its reader
         raise GoriError(f"{path} is not a .pte that can be read ({type(e).__name__}): export it again") from e
-    names = linear_names(directory)
-    if len(linears) != len(names):
-        raise GoriError(f"{path} holds {len(linears)} linear layers, config.json asks for {len(names)}")
-    return {EMBEDDING: table, **dict(zip(names, linears, strict=True))}
-
-
-def linear_names(directory: Path) -> list[str]:
-    """The linears of the decoder that config.json describes, in running order."""
-    body = read_object(directory / "config.json")
-    parts = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
-    return [f"model.layers.{i}.{p}.weight" for i in range(int(body["num_hidden_layers"])) for p in parts] + [HEAD]
+    return named(path, table, linears)
 
 
 def read_pte(pte: bytes) -> tuple[Found, list[Found]]:

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from gori.artifact import read_json
 from gori.console import log
-from gori.errors import GoriError
+from gori.errors import GoriError, MissingEngine
 from gori.export.gguf_vocab import BYTE_LEVEL, Vocabulary, vocabulary
+from gori.export.template import read_template
 from gori.export.weights import Options, Weights, array
 from gori.model import ModelConfig, rope_frequencies
 from gori.quantized import QuantizedTensor
@@ -52,11 +53,8 @@ def write(w: Weights, out: Path, o: Options) -> dict[str, Any]:
     Raises GoriError, and writes nothing, for integers whose rows are not made of blocks, for a rotation that llama.cpp
     does not compute, and for a tokenizer that it does not.
     """
-    try:
-        package = importlib.import_module("gguf")
-    except ImportError as e:
-        raise GoriError("exporting to GGUF needs its package: pip install 'gori[gguf]'") from e
-    check(w)
+    package = load_package()
+    check_weights(w)
     words = vocabulary(o.source, w.cfg.vocab_size)
     names = file_names(w)
     factors = rope_factors(w.cfg)
@@ -86,7 +84,20 @@ def write(w: Weights, out: Path, o: Options) -> dict[str, Any]:
     return {"tensors": len(names) + (factors is not None), "tokenizer": tokenizer, "notes": notes}
 
 
-def check(w: Weights) -> None:
+def load_package() -> Any:
+    """The module gguf; MissingEngine if the wheel is missing."""
+    try:
+        return importlib.import_module("gguf")
+    except ImportError as e:
+        raise MissingEngine("exporting to GGUF needs its package: pip install 'gori[gguf]'") from e
+
+
+def check() -> None:
+    """MissingEngine unless what writes a GGUF is here."""
+    load_package()
+
+
+def check_weights(w: Weights) -> None:
     """Refuse what the format or llama.cpp's network does not hold."""
     for name, t in w.integers.items():
         if (width := t.q.shape[1]) % BLOCK:
@@ -94,6 +105,12 @@ def check(w: Weights) -> None:
                 f"{name} has {width} inputs and a GGUF block has {BLOCK}: choose a student whose widths are multiples "
                 f"of {BLOCK}, or leave that layer float"
             )
+    if w.cfg.kind == "qwen2" and (width := w.cfg.heads * w.cfg.head_dim) != w.cfg.hidden_size:
+        raise GoriError(
+            f"llama.cpp computes a qwen2 whose {w.cfg.heads} heads of {w.cfg.head_dim} make up the hidden size "
+            f"{w.cfg.hidden_size}, here they make {width}: export to executorch or litert, which take it, or choose a "
+            "llama or qwen3 student"
+        )
     if w.cfg.rope_scaling and w.cfg.kind != "llama":
         raise GoriError(
             f"llama.cpp does not compute rope_type llama3 for {w.cfg.kind}, for llama alone: export to another target, "
@@ -215,7 +232,7 @@ def add_tokens(writer: Any, words: Vocabulary, o: Options) -> None:
     for name, token in ids.items():
         if token is not None:
             writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
-    if template := chat_template(o.source):
+    if template := read_template(o.source):
         writer.add_string("tokenizer.chat_template", template)
 
 
@@ -223,17 +240,6 @@ def padding(source: Path) -> int | None:
     """The padding token that generation_config.json names."""
     path = source / "generation_config.json"
     return read_json(path).get("pad_token_id") if path.exists() else None
-
-
-def chat_template(source: Path) -> str:
-    """The folder's chat template; empty if it has none."""
-    own, config = source / "chat_template.jinja", source / "tokenizer_config.json"
-    if own.exists():
-        return own.read_text(encoding="utf-8")
-    found = read_json(config).get("chat_template", "") if config.exists() else ""
-    if isinstance(found, list):  # several templates by name
-        found = next((t["template"] for t in found if t.get("name") == "default"), "")
-    return found or ""
 
 
 def add_own(writer: Any, w: Weights, o: Options) -> None:

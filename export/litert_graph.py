@@ -16,7 +16,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from gori.export.litert_file import File, Signature, Subgraph
-from gori.export.litert_weights import Kernels, dequantizes, place_linear, place_table, reshape
+from gori.export.litert_weights import Kernels, dequantized_values, place_linear, place_table, reshape
 from gori.export.weights import Weights, array
 from gori.model import rope_frequencies
 
@@ -30,7 +30,7 @@ short. Larger chunks alone have it, and not where integers are dequantized: each
 
 def build(w: Weights, context: int, chunk: int, kernels: Kernels) -> File:
     """The model with its signatures `prefill_{chunk}`, perhaps `prefill_16`, and `decode`."""
-    file, short = File(), chunk >= 2 * SMALL_CALL and not dequantizes(w, kernels)
+    file, short = File(), chunk >= 2 * SMALL_CALL and not dequantized_values(w, kernels)
     for tokens in (chunk, *((SMALL_CALL,) if short else ()), 0):
         name = f"prefill_{tokens}" if tokens else "decode"
         decoder = Decoder(Subgraph(file, name), w, context, tokens or 1, kernels)

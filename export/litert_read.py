@@ -7,7 +7,6 @@ agree. Field numbers are those of tflite's schema. Knows the graphs that gori wr
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,16 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gori.errors import GoriError
-from gori.export.contents import Found
+from gori.export.contents import EMBEDDING, HEAD, Found, unpack_int4
+from gori.export.litert_bundle_read import BUNDLE, check_bundle
 from gori.runtime.flatbuffer import FormatError, Table, at, mapped, metadata, root
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FILE, IDENTIFIER = "model.tflite", b"TFL3"
 FULLY_CONNECTED, EMBEDDING_LOOKUP, GATHER, DEQUANTIZE = 9, 7, 36, 6
 FLOAT32, FLOAT16, INT8, INT4 = 0, 1, 9, 17
 DTYPES = {FLOAT32: "<f4", FLOAT16: "<f2", INT8: "i1", INT4: "u1"}
 BLOCKWISE = 2
-BUNDLE, LITERTLM, HEADER_AT, TFLITE_SECTION = "model.litertlm", b"LITERTLM", 32, 3
 DAMAGE = (ValueError, OverflowError, MemoryError, RecursionError)
 """What damaged bytes end in, in the parser, in NumPy, UTF-8 or JSON."""
 IN_LAYER = tuple(
@@ -41,7 +39,7 @@ def read(directory: Path) -> dict[str, Found]:
     """Weight → what model.tflite holds. A head that shares the table has no entry of its own.
 
     Raises GoriError for a file that is not a decoder as gori writes them, or is damaged, and for a model.litertlm
-    beside it that holds another model.
+    beside it that holds another model, or other text, than the directory (gori.export.litert_bundle_read).
     """
     path, bundle = directory / FILE, directory / BUNDLE
     try:
@@ -51,32 +49,9 @@ def read(directory: Path) -> dict[str, Found]:
         raise GoriError(f"{path} cannot be read ({e.strerror}): export it again") from e
     except DAMAGE as e:
         raise GoriError(f"{path} is not a .tflite of gori's that can be read ({e}): export it again") from e
-    if bundle.exists() and not same_bytes(bundled_model(bundle), data):
-        raise GoriError(f"{bundle} holds another model than {path}: export it again")
+    if bundle.exists():
+        check_bundle(bundle, data)
     return found
-
-
-def same_bytes(a: memoryview, b: memoryview) -> bool:
-    """Whether two files' content is the same, without a copy of either."""
-    return len(a) == len(b) and hashlib.sha256(a).digest() == hashlib.sha256(b).digest()
-
-
-def bundled_model(path: Path) -> memoryview:
-    """The .tflite inside a .litertlm, by the offsets in its header; GoriError for a damaged bundle."""
-    try:
-        data = mapped(path)
-        if bytes(data[:8]) != LITERTLM:
-            raise FormatError(f"it begins with {bytes(data[:8])!r}")
-        header = root(data[HEADER_AT:])
-        sections = [s for s in header.table(1).tables(0) if s.number(3, "<B") == TFLITE_SECTION]
-        if len(sections) != 1:
-            raise FormatError(f"it has {len(sections)} models")
-        begin, end = (sections[0].number(field, "<Q") for field in (1, 2))
-        if not HEADER_AT < begin < end <= len(data):
-            raise FormatError(f"its model stands at {begin} to {end} of {len(data)} bytes")
-        return data[begin:end]
-    except (OSError, *DAMAGE) as e:
-        raise GoriError(f"{path} is not a .litertlm of gori's that can be read ({e}): export it again") from e
 
 
 def read_tflite(data: memoryview) -> dict[str, Found]:
@@ -147,12 +122,6 @@ class Weight:
 
 def _equal(a: NDArray[Any] | None, b: NDArray[Any] | None) -> bool:
     return a is b if a is None or b is None else np.array_equal(a, b)
-
-
-def unpack_int4(packed: NDArray[np.uint8]) -> NDArray[np.int8]:
-    """Two values a byte, low nibble first, two's complement."""
-    both = np.stack((packed << 4, packed & 0xF0), axis=-1).view(np.int8) >> 4
-    return both.reshape(-1)
 
 
 class Subgraph:

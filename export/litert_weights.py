@@ -56,10 +56,10 @@ def place_linear(g: Subgraph, w: Weights, name: str, x: int, kernels: Kernels) -
     return g.op("FULLY_CONNECTED", inputs, shape, version=12 if rounded else 6, options=options)
 
 
-def dequantizes(w: Weights, kernels: Kernels) -> bool:
-    """Whether any linear's integers are turned into floats when the file is loaded."""
-    linears = linear_names(w.cfg, w.head_name)
-    return any(kernels is Kernels.LEGACY or activation_bits(w, n) == 16 for n in linears if n in w.integers)
+def dequantized_values(w: Weights, kernels: Kernels) -> int:
+    """How many integers of linears are turned into floats when the file is loaded."""
+    linears = [n for n in linear_names(w.cfg, w.head_name) if n in w.integers]
+    return sum(w.integers[n].q.numel() for n in linears if kernels is Kernels.LEGACY or activation_bits(w, n) == 16)
 
 
 def activation_bits(w: Weights, name: str) -> int:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 
 from gori import console
-from gori.errors import GoriError
+from gori.errors import GoriError, MissingEngine
 from gori.runtime.session import Logits, Session, SessionInfo
 
 # The two libraries register the kernels that an exported decoder calls; loading a program without them fails.
@@ -33,16 +34,24 @@ _threads: int | None = None
 
 
 def load_engine() -> ModuleType:
-    """ExecuTorch's extension module with every kernel registered; GoriError if the wheel is missing."""
+    """ExecuTorch's extension module with every kernel registered; MissingEngine if it is not there or does not load."""
     try:
         engine = importlib.import_module("executorch.extension.pybindings._C")
-    except ImportError as e:
-        raise GoriError("running a .pte needs ExecuTorch: pip install 'gori[executorch]'") from e
-    assert engine.__file__ is not None
-    root = Path(engine.__file__).parents[2]
-    for library in KERNELS:
-        torch.ops.load_library(root / library)
+        assert engine.__file__ is not None
+        root = Path(engine.__file__).parents[2]
+        for library in KERNELS:
+            torch.ops.load_library(root / library)
+    except (ImportError, OSError) as e:
+        raise MissingEngine(
+            f"running a .pte needs ExecuTorch, which does not load here ({one_line(e)}): pip install 'gori[executorch]'"
+        ) from e
     return engine
+
+
+def check() -> None:
+    """MissingEngine if what running a .pte needs is not installed; loads nothing of it."""
+    if missing := [n for n in ("torch", "executorch") if importlib.util.find_spec(n) is None]:
+        raise MissingEngine(f"running a .pte needs {' and '.join(missing)}: pip install 'gori[executorch]'")
 
 
 def set_threads(engine: ModuleType, threads: int | None) -> int:
@@ -75,8 +84,11 @@ class ExecutorchSession(Session):
 
     def _run(self, ids: Sequence[int], start: int) -> Logits:
         tokens = torch.from_numpy(np.asarray([ids], dtype=np.int64))
-        logits = self._forward((tokens, torch.tensor([start])))[0]
-        return logits[0].numpy()
+        try:
+            logits = self._forward((tokens, torch.tensor([start])))[0]
+            return logits[0].numpy()
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+            raise GoriError(f"{self.info.path} does not run ({one_line(e)}): export it again") from e
 
 
 def open_pte(file: Path, threads: int | None) -> ExecutorchSession:
@@ -87,21 +99,40 @@ def open_pte(file: Path, threads: int | None) -> ExecutorchSession:
             count = set_threads(engine, threads)
             program = engine._load_program(str(file))
             facts = {name: _constant(program, name) for name in METADATA}
-    except (RuntimeError, KeyError) as e:
-        raise GoriError(f"{file} is not a .pte that this ExecuTorch loads ({e}): export it again") from e
-    info = SessionInfo(
-        engine="executorch",
-        engine_version=importlib.metadata.version("executorch"),
+            version = importlib.metadata.version("executorch")
+            return ExecutorchSession(program, session_info(facts, file, "executorch", version, count))
+    except (LookupError, RuntimeError, TypeError) as e:
+        raise GoriError(f"{file} is not a .pte that this ExecuTorch loads ({one_line(e)}): export it again") from e
+
+
+def session_info(
+    facts: Mapping[str, Sequence[int]],
+    file: Path,
+    engine: str,
+    version: str,
+    threads: int,
+    *,
+    stand_in: bool = False,
+) -> SessionInfo:
+    """What a .pte says of itself by its constant methods."""
+    return SessionInfo(
+        engine=engine,
+        engine_version=version,
         path=str(file),
         vocab_size=facts["get_vocab_size"][0],
         context=facts["get_max_context_len"][0],
         chunk=facts["get_max_seq_len"][0],
         bos_id=next((i for i in facts["get_bos_id"] if i >= 0), None),
         eos_ids=tuple(facts["get_eos_ids"]),
-        threads=count,
+        threads=threads,
         file_bytes=file.stat().st_size,
+        stand_in=stand_in,
     )
-    return ExecutorchSession(program, info)
+
+
+def one_line(e: BaseException) -> str:
+    """What ExecuTorch says, without line breaks."""
+    return " ".join(str(e).split())[:300] or type(e).__name__
 
 
 def open_directory(directory: Path, threads: int | None) -> ExecutorchSession:

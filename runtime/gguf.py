@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from gori.errors import GoriError
-from gori.runtime.gguf_header import Header, read_header
+from gori.errors import GoriError, MissingEngine
+from gori.runtime.gguf_header import F32, Header, read_header
 from gori.runtime.session import Logits, Session, SessionInfo
 
 GGUF = "model.gguf"
@@ -97,11 +97,11 @@ def _keep_errors(level: int, text: bytes | None, _: int | None) -> None:
 
 @functools.cache
 def load_engine() -> Any:
-    """llama.cpp's C functions; GoriError where the wheel is missing or is not laid out as this file knows it."""
+    """llama.cpp's C functions; MissingEngine where the wheel is missing or is not laid out as this file knows it."""
     try:
         module = importlib.import_module("xllamacpp.xllamacpp")
     except ImportError as e:
-        raise GoriError("running a .gguf needs llama.cpp: pip install 'gori[gguf]'") from e
+        raise MissingEngine("running a .gguf needs llama.cpp: pip install 'gori[gguf]'") from e
     assert module.__file__ is not None
     library = ctypes.CDLL(module.__file__)
     missing = [name for name in _SIGNATURES if not hasattr(library, name)]
@@ -112,13 +112,18 @@ def load_engine() -> Any:
         bytes(library.llama_context_default_params().room).startswith(CONTEXT_DEFAULTS)
         and bytes(library.llama_model_default_params().room).startswith(MODEL_DEFAULTS)
     ):
-        raise GoriError(
+        raise MissingEngine(
             f"xllamacpp {importlib.metadata.version('xllamacpp')} holds another llama.cpp than gori knows: install the "
             "version that pip install 'gori[gguf]' names"
         )
     library.llama_log_set(ctypes.cast(_keep_errors, c_void_p), None)
     library.llama_backend_init()
     return library
+
+
+def check() -> None:
+    """MissingEngine unless the llama.cpp that this file knows is here."""
+    load_engine()
 
 
 class GgufSession(Session):
@@ -207,14 +212,28 @@ def check_consistent(header: Header, file: Path) -> None:
     kind, tokens = header.architecture(), header.metadata.get("tokenizer.ggml.tokens", [])
     wrong = "two tokens of one name" if len(set(map(str, tokens))) != len(tokens) else ""
     if kind in ("llama", "qwen2", "qwen3"):
-        layers, heads = header.integer(f"{kind}.block_count"), header.integer(f"{kind}.attention.head_count")
-        groups = header.integer(f"{kind}.attention.head_count_kv")
-        if not 1 <= layers <= len(header.tensors):
-            wrong = f"{layers} layers and {len(header.tensors)} tensors"
-        elif not 1 <= groups <= heads or heads % groups:
-            wrong = f"{groups} key/value heads for {heads} query heads"
+        wrong = wrong or contradiction(header, kind)
     if wrong:
         raise GoriError(f"{file} is damaged, it has {wrong}: export it again")
+
+
+def contradiction(header: Header, kind: str) -> str:
+    """What cannot be true of a network's sizes; empty if all can."""
+    layers, heads = header.integer(f"{kind}.block_count"), header.integer(f"{kind}.attention.head_count")
+    groups, width = header.integer(f"{kind}.attention.head_count_kv"), header.integer(f"{kind}.embedding_length")
+    if not 1 <= layers <= len(header.tensors):
+        return f"{layers} layers and {len(header.tensors)} tensors"
+    if not 1 <= groups <= heads or heads % groups:
+        return f"{groups} key/value heads for {heads} query heads"
+    wide = header.integer(f"{kind}.attention.key_length", width // heads)
+    turned = header.integer(f"{kind}.rope.dimension_count", wide)
+    if not 1 <= turned <= wide or turned % 2:
+        return f"{turned} turned dimensions in heads of {wide}"
+    epsilon = header.metadata.get(f"{kind}.attention.layer_norm_rms_epsilon", 0.0)
+    if not isinstance(epsilon, float) or not epsilon >= 0:  # NaN, too
+        return f"a norm's epsilon of {epsilon}"
+    odd = next((t for t in header.tensors.values() if len(t.shape) == 1 and t.kind != F32), None)
+    return f"a vector {odd.name} of ggml's type {odd.kind}" if odd else ""
 
 
 def describe(header: Header, file: Path, threads: int) -> SessionInfo:

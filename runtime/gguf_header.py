@@ -64,8 +64,9 @@ class Header:
     def text(self, key: str) -> str:
         return self._of(key, str, "a text")
 
-    def integer(self, key: str) -> int:
-        return self._of(key, int, "an integer")
+    def integer(self, key: str, default: int | None = None) -> int:
+        """`default` where the key is absent; without one it must be there."""
+        return default if default is not None and key not in self.metadata else self._of(key, int, "an integer")
 
     def integers(self, key: str) -> list[int]:
         found = self._of(key, list, "a list of integers")

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gori import console
-from gori.errors import GoriError
+from gori.errors import GoriError, MissingEngine
 from gori.runtime.flatbuffer import mapped, metadata, root
 from gori.runtime.session import Logits, Session, SessionInfo
 
@@ -218,15 +218,25 @@ def hush_at_exit() -> None:
     atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))
 
 
+def load_engine() -> Any:
+    """LiteRT's module of options; MissingEngine if the wheel is missing."""
+    try:
+        from ai_edge_litert import compiled_model, options
+    except ImportError as e:
+        raise MissingEngine("running a .tflite needs LiteRT: pip install 'gori[litert]'") from e
+    assert compiled_model.CompiledModel
+    return options
+
+
+def check() -> None:
+    """MissingEngine unless LiteRT is here."""
+    load_engine()
+
+
 def open_litert(file: Path, threads: int | None) -> LitertSession:
     """Load a .tflite that gori exported; its kernels are XNNPACK's, which alone compute it as the checkpoint says."""
-    facts = read_facts(file)
-    try:
-        from ai_edge_litert.options import Options
-    except ImportError as e:
-        raise GoriError("running a .tflite needs LiteRT: pip install 'gori[litert]'") from e
-    count = threads or DEFAULT_THREADS
-    options = Options.create()
+    facts, count = read_facts(file), threads or DEFAULT_THREADS
+    options = load_engine().Options.create()
     options.cpu_options.num_threads = count
     options.cpu_options.xnnpack_weight_cache_path = ONE_COPY
     info = session_info("LiteRT", importlib.metadata.version("ai-edge-litert"), file, facts, count)

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import importlib.metadata
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from gori import console
-from gori.errors import GoriError
+from gori.errors import GoriError, MissingEngine
 from gori.tokenizer import Tokenizer
 
 BUNDLE = "model.litertlm"
 DEFAULT_THREADS = 1
 CHATTER = ("INFO: ", "WARNING: ", "I0000 ", "W0000 ")
 """What LiteRT-LM 0.18.1's native code says on stderr without being asked."""
+LONGEST_REASON = 200
+"""Characters of an error of the engine, which carries native call stacks."""
 
 
 class LiteRtLm:
@@ -28,6 +31,7 @@ class LiteRtLm:
 
     def __init__(self, file: Path, threads: int | None = None) -> None:
         engine = load_engine()
+        self._file = file
         self._scratch = tempfile.TemporaryDirectory()
         self._engine: Any = None
         try:
@@ -36,7 +40,8 @@ class LiteRtLm:
                 self._engine = engine.Engine(str(file), backend=backend, cache_dir=self._scratch.name)
         except (RuntimeError, ValueError) as e:
             self._scratch.cleanup()
-            raise GoriError(f"{file} is not a .litertlm that this LiteRT-LM loads ({e}): export it again") from e
+            said = " ".join(str(e).split())[:LONGEST_REASON]
+            raise GoriError(f"{file} is not a .litertlm that this LiteRT-LM loads ({said}): export it again") from e
         self._greedy = engine.SamplerConfig(top_k=1, top_p=1.0, temperature=1.0, seed=0)
 
     def __enter__(self) -> LiteRtLm:
@@ -52,7 +57,8 @@ class LiteRtLm:
 
     def encode(self, text: str) -> list[int]:
         """Token ids by the bundle's tokenizer; special tokens in the text are special."""
-        return list(self._engine.tokenize(text))
+        with self._asked("tokenize a text"):
+            return list(self._engine.tokenize(text))
 
     def complete(self, prompt: str, max_new: int = 256) -> str:
         """What the model says after a prompt that has its template already, greedily, up to a stop token."""
@@ -64,7 +70,7 @@ class LiteRtLm:
 
     def render(self, text: str) -> str:
         """A user's text as the bundle's Jinja template writes it, with the opening of an answer."""
-        with console.without_lines(*CHATTER), self._engine.create_conversation() as conversation:
+        with self._asked("render a turn"), self._engine.create_conversation() as conversation:
             return conversation.render_message_to_string(text)
 
     def close(self) -> None:
@@ -75,9 +81,21 @@ class LiteRtLm:
             self._engine = None
             self._scratch.cleanup()
 
+    @contextmanager
+    def _asked(self, what: str) -> Iterator[None]:
+        """Keep native chatter away; what the engine refuses is a GoriError."""
+        if self._engine is None:
+            raise GoriError(f"{self._file} is closed: open it again")
+        try:
+            with console.without_lines(*CHATTER):
+                yield
+        except (RuntimeError, ValueError) as e:
+            said = " ".join(str(e).split())[:LONGEST_REASON]
+            raise GoriError(f"LiteRT-LM does not {what} with {self._file} ({said}): export it again") from e
+
     def _generate(self, text: str, max_new: int, *, template: bool) -> str:
         options = {"apply_prompt_template": template, "sampler_config": self._greedy, "max_output_tokens": max_new}
-        with console.without_lines(*CHATTER):
+        with self._asked("answer"):
             session = self._engine.create_session(**options)
             try:
                 session.run_prefill([text])
@@ -87,12 +105,17 @@ class LiteRtLm:
 
 
 def load_engine() -> Any:
-    """The module litert_lm; GoriError if the wheel is missing."""
+    """The module litert_lm; MissingEngine if the wheel is missing."""
     try:
         import litert_lm
     except ImportError as e:
-        raise GoriError("running a .litertlm needs LiteRT-LM: pip install 'gori[litert]'") from e
+        raise MissingEngine("running a .litertlm needs LiteRT-LM: pip install 'gori[litert]'") from e
     return litert_lm
+
+
+def check() -> None:
+    """MissingEngine unless LiteRT-LM is here."""
+    load_engine()
 
 
 def open_bundle(path: Path, threads: int | None = None) -> LiteRtLm:

@@ -20,7 +20,7 @@ from typing import IO
 
 import numpy as np
 
-from gori.errors import GoriError
+from gori.errors import GoriError, MissingEngine
 from gori.runtime.litert import MODEL, Call, Facts, SignatureSession, read_facts, session_info
 from gori.runtime.session import Logits, SessionInfo
 
@@ -37,15 +37,38 @@ MAKE = "python3.11 -m venv {0} && {0}/bin/pip install tflite-runtime==2.14.0 'nu
 
 
 def interpreter() -> Path:
-    """The Python that has tflite-runtime; GoriError with the commands that make it."""
+    """The Python that has tflite-runtime; MissingEngine with the commands that make it."""
     place = Path(os.environ.get(ENVIRONMENT) or PLACE).expanduser()
     python = place / "bin" / "python"
     if not python.exists():
-        raise GoriError(
+        raise MissingEngine(
             f"tflite-runtime {VERSION} needs numpy below 2 and so an environment of its own, and {place} is none: "
             f"run `{MAKE.format(place)}`, or name another in {ENVIRONMENT}"
         )
     return python
+
+
+def check() -> None:
+    """MissingEngine unless this system has pipes and the environment has tflite-runtime."""
+    supported()
+    probe = [str(interpreter()), "-I", "-c", "import tflite_runtime"]
+    done = subprocess.run(probe, capture_output=True, text=True, check=False, timeout=LONGEST_S)
+    if done.returncode:
+        raise lacking(done.stderr.strip().splitlines()[-1:])
+
+
+def supported() -> None:
+    if sys.platform == "win32":
+        raise MissingEngine(f"{RUNTIME} is run through pipes that Windows does not have: use Linux or macOS")
+
+
+def lacking(said: list[str]) -> MissingEngine:
+    """What to do with an environment that is there and does not import the runtime."""
+    place = interpreter().parents[1]
+    return MissingEngine(
+        f"{place} has no tflite-runtime {VERSION} ({''.join(said)}): run `{MAKE.format(place)}`, or name another in "
+        f"{ENVIRONMENT}"
+    )
 
 
 class Worker:
@@ -115,6 +138,8 @@ class Worker:
         code = self._process.wait()
         said = self._pipe(self._process.stderr).read().decode(errors="replace").strip().splitlines()
         self.close()
+        if said and said[-1].startswith(("ModuleNotFoundError", "ImportError")):
+            return lacking(said[-1:])
         return GoriError(
             f"the process that runs {self._file} by {RUNTIME} is gone ({why}, exit code {code}"
             f"{', ' + said[-1] if said else ''}): check the environment that {ENVIRONMENT} or {PLACE} names"
@@ -156,8 +181,7 @@ def open_directory(directory: Path, threads: int | None) -> LegacySession:
 
 def open_legacy(file: Path, threads: int | None) -> LegacySession:
     """Load a .tflite that gori wrote for tflite-runtime, or any other that it can run."""
-    if sys.platform == "win32":
-        raise GoriError(f"{RUNTIME} is run through pipes that Windows does not have: use Linux or macOS")
+    supported()
     facts, count = read_facts(file), threads or 1
     worker = Worker(file, count)
     return LegacySession(worker, facts, session_info("tflite-runtime", worker.version, file, facts, count))

@@ -273,20 +273,6 @@ def test_reading_and_running_import_neither_torch_nor_coremltools(written: Writt
     assert ran.stdout == "[]\n", ran.stderr
 
 
-def test_a_restored_prefix_continues_as_before_and_a_full_context_is_refused(written: Written) -> None:
-    session = open_directory(written("qwen3, tied but apart, mixed")[1], None)
-    session.prefill([5, 6, 7, 8])
-    prefix = session.snapshot()
-    want = session.decode(9)
-    session.decode(10)
-    session.restore(prefix)
-    np.testing.assert_array_equal(session.decode(9), want)
-    session.reset()
-    session.prefill([7] * CONTEXT)
-    with pytest.raises(GoriError, match=f"{CONTEXT} tokens are in the context"):
-        session.decode(7)
-
-
 def changed(source: Path, out: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Path:
     shutil.copytree(source, out)
     tensors = load_file(source / checkpoint.WEIGHTS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import random
 import shutil
 import subprocess
@@ -15,23 +14,19 @@ import numpy as np
 import pytest
 import torch
 
-from decoders import random_decoder
-from gori import checkpoint, quantized
-from gori import tokenizer as tokenizers
-from gori.errors import GoriError
-from gori.export import golden, litert, parity
+from gori import quantized
+from gori.errors import GoriError, MissingEngine
+from gori.export import litert, parity
 from gori.export.build import export
 from gori.export.contents import compare, digests
-from gori.export.litert_read import bundled_model, read
+from gori.export.litert_read import read
 from gori.export.weights import Options, Weights, read_weights, wanted
 from gori.quantized import EMBEDDING, HEAD
-from gori.runtime.eager import session_of
-from gori.runtime.generate import generate
-from gori.runtime.litert import choose_length, open_litert
-from gori.runtime.litert_lm import open_bundle
+from gori.runtime import litert as runtime
+from gori.runtime import litert_lm as runtime_lm
+from gori.runtime.litert import choose_length
 from gori.runtime.session import Snapshot, open_session
 from gori.targets import TARGETS
-from gori.tokenizer import Tokenizer
 from students import CHUNK, CONTEXT, LLAMA, LLAMA3, Case, of, write_checkpoint
 
 CASES = {
@@ -73,15 +68,6 @@ def write(source: Path, out: Path) -> Weights:
     return weights
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_prefill_and_decode_give_the_checkpoints_logits_within_its_noise_floor(case: str, exported: Exported) -> None:
-    source, out = exported(case)
-    prompts = parity.default_prompts(200, CONTEXT, CHUNK, seed=7)
-    found = parity.measure_parity(open_session(out), quantized.load(source), prompts)
-    assert found.met, parity.describe(found)
-    assert {len(p) for p in prompts} >= {1, CHUNK - 1, CHUNK, CHUNK + 1, CONTEXT}
-
-
 @pytest.mark.parametrize(("linears", "table"), PAIRS)
 def test_every_scheme_of_the_row_is_held_exactly_and_runs_as_it_says(linears: str, table: str, tmp_path: Path) -> None:
     source = write_checkpoint(Case(of("llama"), linears, table), tmp_path / "c")
@@ -107,18 +93,6 @@ def test_activations_are_rounded_where_the_scheme_says_so_and_nowhere_else(tmp_p
         ("w8a16-channel", "scheme"): True,
         ("w8a16-channel", "none"): True,
     }
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_greedy_tokens_are_the_eager_references(case: str, exported: Exported) -> None:
-    source, out = exported(case)
-    reference, session = session_of(quantized.load(source), source, CONTEXT), open_session(out)
-    for prompt in ([5], list(range(20, 37))):
-        answers = []
-        for s in (reference, session):
-            s.reset()
-            answers.append(list(generate(s, prompt, (), max_new=24)))
-        assert answers[0] == answers[1]
 
 
 def test_the_float_export_is_float32s_own_rounding_from_eager_up_to_the_last_row_of_the_cache(
@@ -155,39 +129,6 @@ def test_a_large_chunk_has_a_short_call_beside_it_and_both_write_the_same_cache(
     session.prefill(ids[:15])
     session.prefill(ids[15:30])
     np.testing.assert_allclose(session.prefill(ids[30:]), whole, rtol=1e-4, atol=1e-4)
-
-
-def test_a_full_context_is_refused(exported: Exported) -> None:
-    session = open_session(exported("qwen2 float")[1])
-    session.prefill([7] * CONTEXT)
-    with pytest.raises(GoriError, match=f"{CONTEXT} tokens are in the context"):
-        session.decode(7)
-
-
-def test_a_restored_prefix_continues_as_before_even_after_it_was_overwritten(exported: Exported) -> None:
-    session = open_session(exported("qwen2 float")[1])
-    session.prefill([5, 6, 7, 8])
-    prefix = session.snapshot()
-    want = session.decode(9)
-    session.decode(10)
-    session.restore(prefix)
-    np.testing.assert_array_equal(session.decode(9), want)
-    session.reset()
-    session.prefill([11, 12, 13, 14, 15, 16])
-    session.restore(prefix)
-    np.testing.assert_allclose(session.decode(9), want, rtol=1e-5, atol=1e-5)
-
-
-def test_two_sessions_of_one_file_share_nothing(exported: Exported) -> None:
-    out = exported("qwen2 float")[1]
-    alone = open_session(out)
-    alone.prefill([5, 6, 7])
-    want = alone.decode(8)
-    one, two = open_session(out), open_session(out, threads=2)
-    one.prefill([5, 6, 7])
-    two.prefill([100, 101, 102, 103])
-    np.testing.assert_array_equal(one.decode(8), want)
-    assert (one.info.threads, two.info.threads) == (1, 2)
 
 
 def test_the_session_knows_what_the_file_says(exported: Exported) -> None:
@@ -293,78 +234,28 @@ def test_a_scheme_that_litert_does_not_hold_is_refused_with_those_that_it_does(s
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
 
 
-SPOKEN = ("온도를 올려 줘", "set it to 22 degrees", "창문 open")
+@pytest.mark.parametrize(
+    ("module", "call", "extra"),
+    [
+        ("ai_edge_litert", runtime.check, r"needs LiteRT: pip install 'gori\[litert\]'"),
+        ("litert_lm", runtime_lm.check, "needs LiteRT-LM: pip install"),
+        ("litert_lm_builder", litert.check, "needs the builder of LiteRT-LM: pip install"),
+    ],
+)
+def test_a_missing_wheel_is_a_missing_engine(
+    module: str, call: Callable[[], None], extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call()
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingEngine, match=extra):
+        call()
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A student that speaks printable ASCII, with a tokenizer, and its export: other bytes of a random model are no
-    text, and LiteRT-LM's strings end at a zero."""
-    source, out = tmp_path_factory.mktemp("bundle") / "c", tmp_path_factory.mktemp("bundle") / "out"
-    source.mkdir()
-    tokenizer = tokenizers.train([f" {t}" for t in SPOKEN], {}, 300)
-    tokenizer.save(source)
-    cfg = dataclasses.replace(LLAMA, vocab_size=300, tied=False)
-    model = random_decoder(cfg)
-    said = [tokenizer.token_bytes(i) for i in range(300)]
-    spoken = [t.isascii() and t.decode().isprintable() and t != b"<|end|>" for t in said]
-    with torch.no_grad():
-        model.lm_head.weight[~torch.tensor(spoken)] = 0
-    checkpoint.save(model, source)
-    export("litert", source, out, context=64, chunk=32)
-    return source, out
-
-
-def test_litert_lm_says_what_the_tflite_says(bundle: tuple[Path, Path]) -> None:
-    source, out = bundle
-    tokenizer, session = Tokenizer.load(source), open_session(out)
-    with open_bundle(out) as engine:
-        assert engine.eos_ids == [tokenizer.id("<|end|>")]
-        for text in SPOKEN:
-            prompt = f"<|user|> {text}<|assistant|>"
-            ids = tokenizer.encode_markup(prompt)
-            assert engine.encode(prompt) == ids
-            assert engine.render(text) == prompt
-            session.reset()
-            want = tokenizer.decode(list(generate(session, ids, (), max_new=12)))
-            assert len(want) >= 6
-            assert engine.complete(prompt, 12) == want
-            assert engine.answer(text, 12) == want
-
-
-def test_a_bundle_holds_the_model_and_the_same_bytes_again(bundle: tuple[Path, Path], tmp_path: Path) -> None:
-    source, out = bundle
-    assert bytes(bundled_model(out / "model.litertlm")) == (out / "model.tflite").read_bytes()
-    litert.write(read_weights(source), tmp_path, Options(source, 64, 32, None, (1,)))
-    for name in ("model.tflite", "model.litertlm"):
-        assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
-
-
-def test_a_bundle_of_another_model_or_a_broken_one_is_refused(bundle: tuple[Path, Path], tmp_path: Path) -> None:
-    shutil.copy(bundle[1] / "model.tflite", tmp_path)
-    data = bytearray((bundle[1] / "model.litertlm").read_bytes())
-    at = data.find(b"TFL3") + 100_000
-    data[at] ^= 1
-    (tmp_path / "model.litertlm").write_bytes(data)
-    with pytest.raises(GoriError, match="holds another model than"):
-        read(tmp_path)
-    (tmp_path / "model.litertlm").write_bytes(data[: at // 2])
-    with pytest.raises(GoriError, match=r"is not a \.litertlm of gori's"):
-        read(tmp_path)
-    with pytest.raises(GoriError, match="does not exist: export a checkpoint"):
-        open_bundle(tmp_path / "other")
-
-
-def test_a_template_without_a_question_is_refused_with_the_mend(bundle: tuple[Path, Path], tmp_path: Path) -> None:
-    source = tmp_path / "c"
-    shutil.copytree(bundle[0], source)
-    (source / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}{% endfor %}")
+def test_what_a_process_needs_besides_the_file_is_said_with_its_bytes(tmp_path: Path) -> None:
+    source = write_checkpoint(Case(of("llama"), "w8a16-channel"), tmp_path / "c")
     (tmp_path / "out").mkdir()
-    with pytest.raises(GoriError, match=r"does not render a question and an answer .* remove it to bundle without"):
-        litert.write(read_weights(source), tmp_path / "out", Options(source, CONTEXT, 32, None, (1,)))
-
-
-def test_golden_answers_of_the_driver_are_the_engines(bundle: tuple[Path, Path]) -> None:
-    written = golden.read(bundle[1])
-    assert written.answers
-    assert golden.check(open_litert(bundle[1] / "model.tflite", 1), written).met
+    found = litert.write(read_weights(source), tmp_path / "out", Options(source, CONTEXT, CHUNK, 1, (2, 3)))
+    cache, linears = 2 * 2 * 32 * CONTEXT * 4, 4 * (128 * (128 + 64 + 64 + 128) + 3 * 128 * 128 + 128 * 200)
+    said = ", ".join(found["memory_notes"])
+    assert f"once more, as output ({cache:,} bytes)" in said
+    assert f"in each of 2 signatures (up to {linears:,} bytes each)" in said

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from gori import quantized
-from gori.errors import GoriError
+from gori.errors import GoriError, MissingEngine
 from gori.export import litert, parity, tflite
 from gori.export.build import export
 from gori.export.contents import compare
@@ -39,7 +39,7 @@ CASES = {
 def missing() -> str:
     try:
         runtime.interpreter()
-    except GoriError as e:
+    except MissingEngine as e:
         return str(e)
     return ""
 
@@ -105,8 +105,10 @@ def test_without_its_environment_the_commands_that_make_it_are_named(
 ) -> None:
     write(write_checkpoint(CASES["qwen2, shared table"], tmp_path / "c"), tmp_path / "out")
     monkeypatch.setenv(runtime.ENVIRONMENT, str(tmp_path / "none"))
-    with pytest.raises(GoriError, match=r"none is none: run `python3.11 -m venv .*tflite-runtime==2.14.0 'numpy<2'`"):
+    with pytest.raises(MissingEngine, match=r"none is none: run `python3.11 -m venv .*==2.14.0 'numpy<2'`"):
         open_session(tmp_path / "out")
+    with pytest.raises(MissingEngine):
+        runtime.check()
 
 
 def test_an_environment_without_the_runtime_is_refused_with_what_it_said(
@@ -115,8 +117,10 @@ def test_an_environment_without_the_runtime_is_refused_with_what_it_said(
     write(write_checkpoint(CASES["qwen2, shared table"], tmp_path / "c"), tmp_path / "out")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
     monkeypatch.setenv(runtime.ENVIRONMENT, str(tmp_path / "venv"))
-    with pytest.raises(GoriError, match=r"is gone .it ended, exit code 1, ModuleNotFoundError: No module named"):
+    with pytest.raises(MissingEngine, match=r"venv has no tflite-runtime 2.14.0 .ModuleNotFoundError: No module named"):
         open_session(tmp_path / "out")
+    with pytest.raises(MissingEngine, match="venv has no tflite-runtime"):
+        runtime.check()
 
 
 @needs_runtime
@@ -129,6 +133,11 @@ def test_a_file_for_litert_is_refused_by_the_old_runtime_in_one_sentence(tmp_pat
     ) as e:
         runtime.open_directory(tmp_path / "out", 1)
     assert "\n" not in str(e.value)
+
+
+@needs_runtime
+def test_with_its_environment_nothing_is_missing() -> None:
+    runtime.check()
 
 
 @needs_runtime
