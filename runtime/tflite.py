@@ -28,6 +28,8 @@ VERSION = "2.14.0"
 RUNTIME = "tflite-runtime 2.14"
 """As it stands in the files that are written for it."""
 ENVIRONMENT, PLACE = "GORI_TFLITE_VENV", Path("~/.cache/gori/tflite-2.14")
+BESIDE = Path(sys.prefix) / "tflite-2.14"
+"""Where `make setup` puts it: in the environment that gori itself runs in."""
 WORKER = Path(__file__).with_name("tflite_worker.py")
 LONGEST_S = 600.0
 """A call that takes longer is given up, and its worker ended."""
@@ -38,7 +40,8 @@ MAKE = "python3.11 -m venv {0} && {0}/bin/pip install tflite-runtime==2.14.0 'nu
 
 def interpreter() -> Path:
     """The Python that has tflite-runtime; MissingEngine with the commands that make it."""
-    place = Path(os.environ.get(ENVIRONMENT) or PLACE).expanduser()
+    default = BESIDE if BESIDE.exists() else PLACE
+    place = Path(os.environ.get(ENVIRONMENT) or default).expanduser()
     python = place / "bin" / "python"
     if not python.exists():
         raise MissingEngine(
