@@ -84,7 +84,7 @@ def require_gates(found: dict[str, dict[str, Any]], out: Path) -> None:
 
 def check_backend(backend: str | None, targets: tuple[str, ...]) -> str | None:
     """The variant that is asked for, None for the default; refused for targets that have none."""
-    if backend and (len(targets) > 1 or targets[0] not in ("executorch", "atom-max")):
+    if backend and targets not in (("executorch",), ("atom-max",)):
         raise GoriError(f"--backend {backend} is of --target executorch or atom-max alone, got {', '.join(targets)}")
     return None if backend == "xnnpack" else backend
 

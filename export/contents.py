@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from gori.artifact import read_object
 from gori.errors import GoriError
 
+Array = NDArray[Any]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 

@@ -14,18 +14,18 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from gori.errors import GoriError
-from gori.export.contents import Found, named
+from gori.export.contents import Array, Found, named, one_line
+from gori.export.executorch_pte import Pte
 from gori.export.executorch_warnings import upstream_warnings
 
 with upstream_warnings():
     from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XNNHeader
     from executorch.exir._serialize._flatbuffer import _flatc_decompile
-    from executorch.exir._serialize._program import PTEFile, deserialize_pte_binary
-    from executorch.exir.schema import DelegateCall, ExecutionPlan, KernelCall
+    from executorch.exir.schema import DelegateCall, KernelCall
     from executorch.exir.schema import Tensor as TensorValue
 
 XNNPACK = "XnnpackBackend"
@@ -44,65 +44,59 @@ def read(directory: Path) -> dict[str, Found]:
     """
     path = directory / "model.pte"
     try:
-        table, linears = read_pte(path.read_bytes())
+        table, linears = read_pte(Pte(path))
     except GoriError:
         raise
     except Exception as e:  # a damaged flatbuffer fails anywhere in its reader
-        raise GoriError(f"{path} is not a .pte that can be read ({type(e).__name__}): export it again") from e
+        raise GoriError(f"{path} is not a .pte that can be read ({one_line(e)}): export it again") from e
     return named(path, table, linears)
 
 
-def read_pte(pte: bytes) -> tuple[Found, list[Found]]:
+def read_pte(file: Pte) -> tuple[Found, list[Found]]:
     """The table, and the linears in the order in which they run."""
-    file = deserialize_pte_binary(pte)
-    plan = next(p for p in file.program.execution_plan if p.name == "forward")
-    tables = [f for call in _kernel_calls(plan) for f in _table(file, plan, call)]
+    tables = [f for call in file.instructions() if isinstance(call, KernelCall) for f in _table(file, call)]
     if len(tables) != 1:
         raise GoriError(f"the .pte looks up {len(tables)} embedding tables, a decoder has one: export it again")
-    return tables[0], [f for blob in _delegates(file, plan) for f in _linears(file, blob)]
+    return tables[0], [f for payload in _delegates(file) for f in _linears(file, payload)]
 
 
-def _instructions(plan: ExecutionPlan) -> Iterator[Any]:
-    return (i.instr_args for chain in plan.chains for i in chain.instructions)
-
-
-def _kernel_calls(plan: ExecutionPlan) -> Iterator[KernelCall]:
-    return (i for i in _instructions(plan) if isinstance(i, KernelCall))
-
-
-def _delegates(file: PTEFile, plan: ExecutionPlan) -> Iterator[bytes]:
+def _delegates(file: Pte) -> Iterator[memoryview]:
     """The payloads of XNNPACK in the order in which they run."""
-    for call in _instructions(plan):
-        if isinstance(call, DelegateCall) and plan.delegates[call.delegate_index].id == XNNPACK:
-            reference = plan.delegates[call.delegate_index].processed
-            yield bytes(file.program.backend_delegate_data[reference.index].data)
+    for call in file.instructions():
+        if isinstance(call, DelegateCall) and file.plan.delegates[call.delegate_index].id == XNNPACK:
+            yield file.payload(file.plan.delegates[call.delegate_index])
 
 
-def _table(file: PTEFile, plan: ExecutionPlan, call: KernelCall) -> Iterator[Found]:
-    bits = TABLE_OPS.get(plan.operators[call.op_index].name)
+def _table(file: Pte, call: KernelCall) -> Iterator[Found]:
+    bits = TABLE_OPS.get(file.plan.operators[call.op_index].name)
     if bits is None:
         return
-    weight = _constant(file, plan, call.args[0])
-    scale = None if bits == 32 else _constant(file, plan, call.args[1]).float()
-    if bits == 4:
-        weight = torch.stack((weight >> 4, weight & 0xF), dim=-1).flatten(-2).to(torch.int8) - 8
-    yield _as_found(bits, weight, scale)
+    weight = _constant(file, call.args[0])
+    scale = None if bits == 32 else _constant(file, call.args[1])
+    yield _as_found(bits, unpack(weight, low_first=False) if bits == 4 else weight, scale)
 
 
-def _as_found(bits: int, weight: Tensor, scale: Tensor | None) -> Found:
-    return Found(bits, weight.numpy(), None if scale is None else scale.view(weight.shape[0], -1).numpy())
+def _as_found(bits: int, weight: Array, scale: Array | None) -> Found:
+    return Found(bits, weight, None if scale is None else scale.astype(np.float32).reshape(len(weight), -1))
 
 
-def _constant(file: PTEFile, plan: ExecutionPlan, value: int) -> Tensor:
-    meta = plan.values[value].val
+def unpack(packed: Array, *, low_first: bool) -> NDArray[np.int8]:
+    """Nibbles that are their values plus 8, `[out, in / 2]`, to int8 `[out, in]`."""
+    q = np.empty((len(packed), 2 * packed.shape[1]), np.int8)
+    low, high = (0, 1) if low_first else (1, 0)
+    q[:, low::2], q[:, high::2] = packed & 0xF, packed >> 4
+    q -= 8
+    return q
+
+
+def _constant(file: Pte, value: int) -> Array:
+    meta = file.plan.values[value].val
     assert isinstance(meta, TensorValue)
-    dtype = {0: torch.uint8, 1: torch.int8, 5: torch.float16, 6: torch.float32}[int(meta.scalar_type)]
-    raw = file.program.constant_buffer[meta.data_buffer_idx].storage
-    count = torch.Size(meta.sizes).numel()
-    return torch.frombuffer(bytearray(raw), dtype=dtype, count=count).view(*meta.sizes)
+    dtype = {0: np.uint8, 1: np.int8, 5: np.float16, 6: np.float32}[int(meta.scalar_type)]
+    return np.frombuffer(file.constant(meta.data_buffer_idx), dtype, int(np.prod(meta.sizes))).reshape(meta.sizes)
 
 
-def _linears(file: PTEFile, payload: bytes) -> Iterator[Found]:
+def _linears(file: Pte, payload: memoryview) -> Iterator[Found]:
     """The fully connected nodes of one delegate."""
     graph = _xnnpack_graph(payload)
     values = {_tensor_value(v)["id_out"]: v["xvalue_union"] for v in graph["xvalues"]}
@@ -116,35 +110,34 @@ def _tensor_value(value: dict[str, Any]) -> dict[str, Any]:
     return union.get("tensor_value", union)
 
 
-def _found(file: PTEFile, graph: dict[str, Any], value: dict[str, Any]) -> Found:
+def _found(file: Pte, graph: dict[str, Any], value: dict[str, Any]) -> Found:
     tensor = value.get("tensor_value", value)
     raw, (out, width) = _data(file, graph, tensor["constant_buffer_idx"]), tensor["dims"]
     kind = tensor["datatype"].removeprefix("xnn_datatype_")
     if kind == "fp32":
-        return _as_found(32, torch.frombuffer(raw, dtype=torch.float32).view(out, width), None)
+        return _as_found(32, np.frombuffer(raw, np.float32).reshape(out, width), None)
     scale_raw = _data(file, graph, value["quant_params"]["scale_buffer_idx"])
     # XNNPACK keeps block scales in bfloat16 and channel scales in float32; int4 low nibble first, plus 8
-    scale = torch.frombuffer(scale_raw, dtype=torch.bfloat16 if kind == "qbint4" else torch.float32).float()
+    scale = bfloat16(scale_raw) if kind == "qbint4" else np.frombuffer(scale_raw, np.float32)
     if kind == "qcint8":
-        return _as_found(8, torch.frombuffer(raw, dtype=torch.int8).view(out, width), scale)
+        return _as_found(8, np.frombuffer(raw, np.int8).reshape(out, width), scale)
     if kind not in ("qcint4", "qbint4"):
         raise GoriError(f"the .pte holds a weight of XNNPACK's type {kind}, gori writes none of that")
-    packed = torch.frombuffer(raw, dtype=torch.uint8).view(out, width // 2)
-    q = torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2).to(torch.int8) - 8
-    return _as_found(4, q, scale)
+    return _as_found(4, unpack(np.frombuffer(raw, np.uint8).reshape(out, width // 2), low_first=True), scale)
 
 
-def _data(file: PTEFile, graph: dict[str, Any], index: int) -> bytearray:
-    assert file.named_data is not None
-    entry = file.named_data.pte_data[graph["constant_data"][index]["named_key"]]
-    buffer = file.named_data.buffers[entry.buffer_index]
-    assert isinstance(buffer, bytes)
-    return bytearray(buffer)
+def bfloat16(raw: memoryview) -> NDArray[np.float32]:
+    """The upper halves of float32."""
+    return (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
-def _xnnpack_graph(payload: bytes) -> dict[str, Any]:
+def _data(file: Pte, graph: dict[str, Any], index: int) -> memoryview:
+    return file.named(graph["constant_data"][index]["named_key"])
+
+
+def _xnnpack_graph(payload: memoryview) -> dict[str, Any]:
     """The delegate's flatbuffer as JSON, by the flatc and the schema of ExecuTorch's wheel."""
-    header = XNNHeader.from_bytes(payload[: XNNHeader.EXPECTED_LENGTH])
+    header = XNNHeader.from_bytes(bytes(payload[: XNNHeader.EXPECTED_LENGTH]))
     start = header.flatbuffer_offset
     with tempfile.TemporaryDirectory() as d:
         schema, binary = Path(d) / "schema.fbs", Path(d) / "graph.bin"
