@@ -99,6 +99,10 @@ def metrics(report: dict[str, Any], w: Weights, devices: int) -> dict[str, Any]:
         "unknown_operators": report["operators"]["unknown"],
         "host_operators": report["operators"]["host"],
         "notes": report["notes"],
+        "memory_notes": [
+            "the compiler's workspace on the card, whose size is not public",
+            "caches of a batch: those of one sequence are counted; report.json has the table by devices",
+        ],
     }
 
 

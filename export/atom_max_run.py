@@ -6,6 +6,7 @@ compiler will read. That is evidence about numbers, not about the device.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch.export import ExportedProgram
 
 from gori import checkpoint
 from gori.artifact import read_object
-from gori.errors import GoriError
+from gori.errors import GoriError, MissingEngine
 from gori.export import atom_max_graph as graph
 from gori.export import atom_max_ops as ops
 from gori.export.atom_max_plan import Plan
@@ -158,6 +159,12 @@ def load_program(path: Path) -> ExportedProgram:
             return torch.export.load(path)
     except Exception as e:  # a damaged archive fails anywhere in torch's reader
         raise GoriError(f"{path} is not a graph that this torch loads ({type(e).__name__}): export it again") from e
+
+
+def check() -> None:
+    """MissingEngine if what running the reference graphs needs is not installed; the SDK is not among it."""
+    if missing := [n for n in ("torch", "safetensors") if importlib.util.find_spec(n) is None]:
+        raise MissingEngine(f"running ATOM-Max's reference graphs needs {' and '.join(missing)}: pip install gori")
 
 
 class ReferenceSession(Session):

@@ -111,8 +111,9 @@ def named(file: Path, table: Found, linears: Sequence[Found]) -> dict[str, Found
 def unpack_int4(packed: NDArray[np.uint8]) -> NDArray[np.int8]:
     """Two's-complement nibbles, low first, to int8 in one dimension."""
     both = np.empty((packed.size, 2), np.int8)
-    both[:, 0] = (packed.reshape(-1) << 4).view(np.int8) >> 4
-    both[:, 1] = packed.reshape(-1).view(np.int8) >> 4
+    both[:, 0] = (packed.reshape(-1) << 4).view(np.int8)
+    both[:, 1] = packed.reshape(-1).view(np.int8)
+    both >>= 4
     return both.reshape(-1)
 
 

@@ -23,6 +23,11 @@ from gori.export.executorch_warnings import upstream_warnings
 from gori.export.weights import Options, Weights
 from gori.quantized import QuantizedTensor
 
+MEMORY = [
+    "the compiled copy of the package that Core ML makes on the device",
+    "what Core ML plans for activations on the device",
+]
+"""What is neither in the package nor in the caches; not measured here."""
 LARGEST = 65504.0
 SMALLEST = 2.0**-14
 """Normal float16; a scale below it would lose digits."""
@@ -49,7 +54,7 @@ def write(w: Weights, out: Path, o: Options) -> dict[str, Any]:
     (out / PACKAGE / "Manifest.json").write_text(json.dumps(manifest(), indent=4) + "\n")
     operations = len(program.functions["main"].operations)
     log(f"{operations} operations, {weights.stat().st_size} bytes of weights")
-    return {"mil_operations": operations, "spec_version": spec.specificationVersion}
+    return {"mil_operations": operations, "spec_version": spec.specificationVersion, "memory_notes": MEMORY}
 
 
 def describe(spec: Any, w: Weights, o: Options) -> None:

@@ -11,7 +11,6 @@ import importlib
 import importlib.machinery
 import importlib.util
 import json
-import re
 import struct
 import sys
 from collections.abc import Sequence
@@ -21,21 +20,16 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from gori.errors import GoriError
-from gori.export.contents import Found
-
-Array = NDArray[Any]
+from gori.errors import GoriError, MissingEngine
+from gori.export.contents import Array, Found, named, one_line, unpack_int4
 
 PACKAGE = "model.mlpackage"
 DATA = Path("Data", "com.apple.CoreML")
 SPEC, WEIGHTS = DATA / "model.mlmodel", DATA / "weights" / "weight.bin"
 KEYS, VALUES = "keyCache", "valueCache"
 CONTEXT, CHUNK = "context", "chunk"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 QUANTIZED = "constexpr_blockwise_shift_scale"
-LAYER = re.compile(r"model_layers_(\d+)_(self_attn|mlp)_([qkvo]_proj|(?:gate|up|down)_proj)_weight")
 MESSAGES = "gori_coreml_messages"
 
 STRING, INT4 = 2, 25
@@ -95,29 +89,51 @@ def variable(name: str) -> str:
     return name.replace(".", "_")
 
 
-def weight_name(variable: str) -> str | None:
-    """The Hugging Face name of a linear's or the table's variable; None for any other."""
-    if found := LAYER.fullmatch(variable):
-        return f"model.layers.{found[1]}.{found[2]}.{found[3]}.weight"
-    return {"model_embed_tokens_weight": EMBEDDING, "lm_head_weight": HEAD}.get(variable)
-
-
 def read(directory: Path) -> dict[str, Found]:
     """Weight → what model.mlpackage holds. A head that shares the table has no entry of its own.
 
     Raises GoriError for a package that is not a decoder's.
     """
-    program = read_program(directory / PACKAGE)
-    found: dict[str, Found] = {}
-    for key, (bits, q, scale) in program.integers.items():
-        if (name := weight_name(key)) and q.ndim == 2:
-            found[name] = Found(bits, q, scale.astype(np.float32))
-    for key, value in program.constants.items():
-        if (name := weight_name(key)) and isinstance(value, np.ndarray) and value.ndim == 2:
-            found[name] = Found(16, value)
-    if EMBEDDING not in found:
-        raise GoriError(f"{directory / PACKAGE} holds no embedding table: it is not a package that gori exported")
-    return found
+    table, linears = weights(read_program(directory / PACKAGE), "input_ids")
+    return named(directory / PACKAGE, table, linears)
+
+
+def weights(program: Program, ids: str) -> tuple[Found, list[Found]]:
+    """The table that the tokens `ids`, cast or not, look up, and the linears in running order: found by the operations
+    that use them, since a name says nothing of what is computed. Raises GoriError for integers that neither uses."""
+    tokens, tables, linears = {ids}, [], []
+    for o in program.operations:
+        if o.kind == "cast" and o.inputs["x"][0] in tokens:
+            tokens.add(o.outputs[0])
+        elif o.kind == "gather" and o.inputs["indices"][0] in tokens:
+            tables.append(str(o.inputs["x"][0]))
+        elif o.kind == "linear":
+            linears.append(str(o.inputs["weight"][0]))
+    if len(tables) != 1:
+        raise GoriError(f"the program looks up {len(tables)} embedding tables, a decoder has one: export it again")
+    used = {name: _weight(program, name) for name in {*tables, *linears}}
+    if spare := sorted({*program.integers, *_bytes(program)} - set(used)):
+        raise GoriError(
+            f"{len(spare)} constants of integers, {spare[0][:80]} among them, belong to no linear and no table: "
+            "export it again"
+        )
+    return used[tables[0]], [used[name] for name in linears]
+
+
+def _weight(program: Program, name: str) -> Found:
+    if name in program.integers:
+        bits, q, scale = program.integers[name]
+        return Found(bits, q, scale.astype(np.float32))
+    value = program.constants.get(name)
+    if not isinstance(value, np.ndarray) or value.dtype != np.float16 or value.ndim != 2:
+        raise GoriError(f"{name[:80]} is no matrix of integers with scales or of float16: export it again")
+    return Found(16, value)
+
+
+def _bytes(program: Program) -> list[str]:
+    """Constants of 8 bits that no scale multiplies; gori and ExecuTorch write none with more than a number."""
+    held = program.constants.items()
+    return [n for n, v in held if isinstance(v, np.ndarray) and v.dtype in (np.int8, np.uint8) and v.size > 1]
 
 
 def read_program(package: Path) -> Program:
@@ -132,7 +148,7 @@ def read_program(package: Path) -> Program:
     except OSError as e:
         raise GoriError(f"{package} lacks {e.filename or 'a file'} ({e.strerror}): copy the whole package") from e
     except Exception as e:  # a damaged protocol buffer fails anywhere
-        raise GoriError(f"{package} is not a Core ML package that can be read ({type(e).__name__}: {e})") from e
+        raise GoriError(f"{package} is not a Core ML package that can be read ({one_line(e)}): export it again") from e
 
 
 def load_messages() -> ModuleType:
@@ -140,7 +156,7 @@ def load_messages() -> ModuleType:
     if MESSAGES not in sys.modules:
         spec = importlib.machinery.PathFinder.find_spec("coremltools")
         if spec is None or spec.origin is None:
-            raise GoriError("reading a Core ML package needs coremltools: pip install 'gori[coreml]'")
+            raise MissingEngine("reading a Core ML package needs coremltools: pip install 'gori[coreml]'")
         folder = Path(spec.origin).parent / "proto"
         here = importlib.util.spec_from_file_location(
             MESSAGES, folder / "__init__.py", submodule_search_locations=[str(folder)]
@@ -229,9 +245,3 @@ def _blob(blobs: bytes, at: int, shape: Sequence[int], kind: int) -> Array:
     if kind == INT4:
         return unpack_int4(raw).reshape(shape)
     return raw.reshape(shape)
-
-
-def unpack_int4(packed: NDArray[np.uint8]) -> NDArray[np.int8]:
-    """Two's-complement nibbles, low first, to int8."""
-    both = np.stack((packed << 4, packed), axis=-1).reshape(-1).view(np.int8)
-    return both >> 4

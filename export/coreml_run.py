@@ -7,6 +7,7 @@ a package is made.
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 import sys
 from collections.abc import Sequence
@@ -15,14 +16,20 @@ from typing import Any
 
 import numpy as np
 
-from gori.errors import GoriError
+from gori.errors import GoriError, MissingEngine
+from gori.export.contents import one_line
 from gori.export.coreml_read import PACKAGE, SPEC, WEIGHTS, Array, Operation, Program, read_program
 from gori.export.mil_ops import OPERATIONS, wide
 from gori.runtime.session import Logits, Session, SessionInfo
 
+ROWS = 1024
+"""Rows of a weight that are multiplied out at a time."""
+
 
 class Interpreter:
-    """A program with its states. Linears' weights are held as float32, each value one of float16's."""
+    """A program with its states. It takes the program's integers away, one after the other. Linears' weights are held
+    as float32, each value one of float16's: widened per call, a token of a 100M model would take eight times as long.
+    """
 
     def __init__(self, program: Program) -> None:
         unknown = sorted({o.kind for o in program.operations} - {*OPERATIONS, "read_state", "write_state"})
@@ -30,7 +37,8 @@ class Interpreter:
             raise GoriError(f"the program uses MIL's {', '.join(unknown)}, which gori does not write: export it again")
         self.program = program
         self.constants: dict[str, Any] = dict(program.constants)
-        for name, (_, q, scale) in program.integers.items():
+        while program.integers:
+            name, (_, q, scale) = program.integers.popitem()
             self.constants[name] = dequantize(q, scale)
         for name in {str(o.inputs["weight"][0]) for o in program.operations if o.kind == "linear"}:
             self.constants[name] = wide(self.constants[name])
@@ -75,8 +83,12 @@ def names(operation: Operation) -> list[str]:
 def dequantize(q: Array, scale: Array) -> Array:
     """What constexpr_blockwise_shift_scale gives, `[out, in]`: products rounded to float16, held as float32."""
     out, width = q.shape
-    blocks = q.reshape(out, scale.shape[1], -1) * scale.astype(np.float32)[:, :, None]
-    return blocks.astype(np.float16).astype(np.float32).reshape(out, width)
+    values = np.empty((out, width), np.float32)
+    for i in range(0, out, ROWS):  # a few rows at a time: two copies of a large table would be the session's peak
+        rows = q[i : i + ROWS]
+        blocks = rows.reshape(len(rows), scale.shape[1], -1) * scale[i : i + ROWS].astype(np.float32)[:, :, None]
+        values[i : i + ROWS] = blocks.astype(np.float16).reshape(len(rows), width)
+    return values
 
 
 class InterpretedSession(Session):
@@ -95,7 +107,7 @@ class InterpretedSession(Session):
             found = self._interpreter.run(**dict(zip(self._inputs, values, strict=True)))
             return finite(next(iter(found.values())), self.info)
         except (ArithmeticError, AttributeError, LookupError, MemoryError, StopIteration, TypeError, ValueError) as e:
-            raise GoriError(f"the program in {self.info.path} is damaged ({e}): export it again") from e
+            raise GoriError(f"the program in {self.info.path} is damaged ({one_line(e)}): export it again") from e
 
 
 class CoreMLSession(Session):
@@ -123,6 +135,12 @@ def finite(logits: Array, info: SessionInfo) -> Logits:
     return row
 
 
+def check() -> None:
+    """MissingEngine if what reading and running a package needs is not installed."""
+    if importlib.util.find_spec("coremltools") is None:
+        raise MissingEngine("running a Core ML package needs coremltools: pip install 'gori[coreml]'")
+
+
 def open_directory(directory: Path, threads: int | None) -> Session:
     """Open `directory/model.mlpackage`. Neither Core ML nor NumPy takes a number of threads: 1 is what is told."""
     package = directory / PACKAGE
@@ -145,4 +163,4 @@ def open_directory(directory: Path, threads: int | None) -> Session:
         )
         return CoreMLSession(package, info) if real else InterpretedSession(program, info)
     except (AttributeError, LookupError, MemoryError, TypeError, ValueError) as e:
-        raise GoriError(f"{package} is not a package that gori exported ({type(e).__name__}: {e})") from e
+        raise GoriError(f"{package} is not a package that gori exported ({type(e).__name__}: {one_line(e)})") from e

@@ -1,8 +1,9 @@
 """`--target executorch --backend B`: the same integers in a .pte for a backend that does not run on this machine.
 
 Core ML and Vulkan are lowered by the partitioners of ExecuTorch's wheel, their integers read back out of the payload,
-and nothing is run: the metrics say so. OpenVINO and QNN are refused with what is known. Knows how a backend wants the
-graph (a Dialect) and what it holds; the graph is export/executorch_portable.py's.
+and nothing is run: the metrics say so. QNN is lowered where Qualcomm's SDK is (export/executorch_backends_qnn.py),
+OpenVINO is refused with what is known. Knows how a backend wants the graph (a Dialect) and what it holds; the graph is
+export/executorch_portable.py's.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,6 +24,8 @@ from unittest import mock
 
 from gori.console import log
 from gori.errors import GoriError, nearest
+from gori.export import executorch_backends_qnn as qnn
+from gori.export.contents import one_line
 from gori.export.executorch import PTE, load_exporter, metadata
 from gori.export.executorch_warnings import upstream_warnings
 from gori.export.weights import Options, Weights, linear_names
@@ -31,18 +35,27 @@ COREMLTOOLS_WARNINGS = (
     ("_TORCH_OPS_REGISTRY.__contains__ is deprecated", DeprecationWarning),  # by the partitioner
     ("has been renamed to", UserWarning),  # a cache, whose name has dots
 )
-SOCS = ("SA8295", "SA8255", "SA8797")
-"""Qualcomm's automotive chips among ExecuTorch's `QcomChipset`."""
+MEMORY = {
+    "coreml": [
+        "Core ML's compiled copy of the payload, which the app unpacks to its disk on first use",
+        "what Core ML plans for activations on the device",
+    ],
+    "vulkan": ["GPU buffers that the weights are copied to and packed into", "GPU memory for activations"],
+    "qnn": ["what Qualcomm's HTP reserves for its context, spill and fill"],
+}
+"""Backend → memory that is neither the file nor the caches; not measured here."""
+VULKAN_ROWS = 4
+"""A linear's outputs must be a multiple of it: quantized_linear.py of ExecuTorch's Vulkan patterns pads to it."""
 
 
 def row(backend: str) -> Target:
     """The target's row with what this backend holds; a backend that cannot carry the integers is refused."""
     if backend == "openvino":
         raise refuse_openvino()
-    if backend == "qnn":
-        raise refuse_qnn()
+    if backend.partition(":")[0] == "qnn":
+        return qnn.row(backend)
     if backend not in VARIANTS:
-        raise GoriError(f"backend {backend!r} is unknown{nearest(backend, [*VARIANTS, 'openvino', 'qnn', 'xnnpack'])}")
+        raise GoriError(f"backend {backend!r} is unknown{nearest(backend, [*VARIANTS, 'openvino', 'qnn', 'qnn:SOC'])}")
     return VARIANTS[backend]
 
 
@@ -55,6 +68,12 @@ def write(w: Weights, out: Path, o: Options) -> dict[str, Any]:
     held = row(o.backend)
     if w.spec is None and "float" not in held.tables:
         raise GoriError(f"{held.engine} is written from integers alone: quantize with one of {', '.join(held.linears)}")
+    if o.backend == "vulkan":
+        check_shapes(w)
+    if o.backend.startswith("qnn") and o.chunk != 1:
+        raise GoriError(
+            f"a call takes up to {o.chunk} tokens and Qualcomm's HTP runs graphs of fixed shapes: export with --chunk 1"
+        )
     load_exporter()
     with quiet():
         log(f"lowering {w.cfg.layers} layers for {held.engine}")
@@ -65,44 +84,64 @@ def write(w: Weights, out: Path, o: Options) -> dict[str, Any]:
         "backend": o.backend,
         "delegated_operations": operations,
         "linears": len(linear_names(w.cfg, w.head_name)),
+        "memory_notes": MEMORY[o.backend.partition(":")[0]],
     }
 
 
 def lower(w: Weights, o: Options) -> tuple[bytes, int]:
     """The .pte's bytes and how many operations its one delegate holds."""
-    import torch
-    from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
     from executorch.exir.lowered_backend_module import get_lowered_submodules
-    from executorch.exir.passes import MemoryPlanningPass
-    from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
-    from torch.export import Dim
 
+    from gori.export import executorch_lower as lowering
     from gori.export.executorch_portable import DIALECTS, PortableGraph
 
     backend = str(o.backend)
-    example = (torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
-    shapes = {"tokens": {1: Dim("S", min=1, max=o.chunk)}, "input_pos": None}
-    graph = PortableGraph(w, o.context, DIALECTS[backend]).eval()
-    with torch.no_grad():
-        exported = torch.export.export(graph, example, dynamic_shapes=shapes, strict=False)
-    edge = to_edge_transform_and_lower(
-        exported,
-        partitioner=[partitioner(backend)],
-        constant_methods=metadata(w, o),
-        compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-    )
-    module = edge.exported_program().graph_module
-    refuse_left(module, backend)
-    lowered = [m.original_module.graph_module for _, m, _ in get_lowered_submodules(module)]
-    program = edge.to_executorch(
-        ExecutorchBackendConfig(
-            extract_delegate_segments=True,
-            do_quant_fusion_and_const_prop=False,
-            memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
-            sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
-        )
-    )
-    return bytes(program.buffer), sum(len(calls(m)) for m in lowered)
+    kind = backend.partition(":")[0]
+    graph = PortableGraph(w, o.context, DIALECTS[kind]).eval()
+    try:
+        with one_sentence(row(backend).engine):
+            if kind == "qnn":
+                edge = qnn.to_edge(graph, lowering.arguments(o.chunk), metadata(w, o), qnn.chip(backend))
+            else:
+                edge = lowering.to_edge(lowering.traced(graph, o.chunk), partitioner(backend), metadata(w, o))
+            module = edge.exported_program().graph_module
+            refuse_left(module, backend)
+            held = sum(len(calls(m.original_module.graph_module)) for _, m, _ in get_lowered_submodules(module))
+            return lowering.finished(edge).buffer, held
+    finally:
+        lowering.forget()
+
+
+@contextmanager
+def one_sentence(engine: str) -> Iterator[None]:
+    """A failure of a partitioner's passes, which are not gori's, as one sentence that names the pass."""
+    try:
+        yield
+    except GoriError:
+        raise
+    except Exception as e:
+        cause: BaseException = e
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        name = re.search(r"running the '(\w+)' pass", str(e))
+        where = f"{name[1]} of the partitioner for {engine}" if name else f"the lowering for {engine}"
+        raise GoriError(
+            f"{where} failed ({type(cause).__name__}: {one_line(cause)}): nothing was written; export with --target "
+            "executorch alone, which is XNNPACK, and report the model's config.json"
+        ) from e
+
+
+def check_shapes(w: Weights) -> None:
+    """Refuse linears whose outputs Vulkan's patterns do not take: they pad the scales to a multiple of VULKAN_ROWS and
+    then trace the unpadded dequantization once more."""
+    for name in linear_names(w.cfg, w.head_name):
+        rows = (w.integers[name].q if name in w.integers else w.floats[name]).shape[0]
+        if rows % VULKAN_ROWS:
+            what = "a vocabulary" if name == w.head_name else "a width"
+            raise GoriError(
+                f"{name} has {rows} outputs and ExecuTorch's Vulkan patterns take multiples of {VULKAN_ROWS}: train "
+                f"with {what} of {rows + -rows % VULKAN_ROWS}, or export with --target executorch alone (XNNPACK)"
+            )
 
 
 def calls(module: Any) -> list[str]:
@@ -116,7 +155,7 @@ def refuse_left(module: Any, backend: str) -> None:
     left = [n for n in calls(module) if n != "executorch_call_delegate"]
     if left:
         raise GoriError(
-            f"{VARIANTS[backend].engine} did not take {len(left)} operations ({', '.join(sorted(set(left))[:4])}): "
+            f"{row(backend).engine} did not take {len(left)} operations ({', '.join(sorted(set(left))[:4])}): "
             "nothing was written; export with --target executorch alone, which is XNNPACK"
         )
 
@@ -205,15 +244,4 @@ def refuse_openvino() -> GoriError:
         f"--backend openvino {need}carries no integers: ExecuTorch 1.5.1's OpenVINO partitioner leaves "
         "torchao.dequantize_affine outside its delegate and its compiler takes no call of 1 to N tokens: "
         "export with --target executorch alone, which is XNNPACK and runs on the same processors"
-    )
-
-
-def refuse_qnn() -> GoriError:
-    """Why there is no QNN variant on this machine."""
-    root = os.environ.get("QNN_SDK_ROOT")
-    at = f"QNN_SDK_ROOT is {root}" if root and Path(root).is_dir() else "QNN_SDK_ROOT names no directory"
-    return GoriError(
-        f"--backend qnn needs Qualcomm's AI Engine Direct SDK, which is under its own licence, and {at}; gori has "
-        f"lowered nothing with it (chips that ExecuTorch 1.5.1 knows: {', '.join(SOCS)}): export with --target "
-        "executorch alone, which is XNNPACK, or --backend vulkan for the Adreno GPU"
     )

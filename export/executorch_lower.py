@@ -1,7 +1,8 @@
 """From the graph to the bytes of a .pte: torch.export, XNNPACK for every linear, memory planning.
 
-Knows nothing of checkpoints; tracing and finishing serve the other backends, too. Two hooks make it fast, both specific to the pinned ExecuTorch: nothing that XNNPACK takes
-is decomposed first, and each delegate runs one conversion pass in place of seventeen (docs/executorch.md).
+Knows nothing of checkpoints; tracing and finishing serve the other backends, too. Two hooks make it fast, both specific
+to the pinned ExecuTorch: nothing that XNNPACK takes is decomposed first, and each delegate runs one conversion pass in
+place of seventeen (docs/executorch.md).
 """
 
 from __future__ import annotations

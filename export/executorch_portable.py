@@ -45,6 +45,7 @@ class Dialect:
 DIALECTS = {
     # coremltools turns float32 into float16 itself; it puts a read of a state into float32 whatever the graph says
     "coreml": Dialect(scaled_norm=True),
+    "qnn": Dialect(scaled_norm=True),  # float16 as Core ML; never compared with anything
     "vulkan": Dialect(rounded=True, zeros=True, affine_table=False, custom_attention=True),
 }
 """Backend → how its partitioner wants the graph."""

@@ -20,7 +20,7 @@ Inputs = dict[str, list[Any]]
 
 
 def wide(x: Array) -> Array:
-    return x.astype(np.float32)
+    return x.astype(np.float32, copy=False)
 
 
 def half(x: Array) -> Array:

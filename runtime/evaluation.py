@@ -91,9 +91,7 @@ def functions_of(directory: Path) -> dict[str, Function]:
     """The tools that travel with a checkpoint or artifact."""
     path = Path(directory) / "tools.json"
     if not path.exists():
-        raise GoriError(
-            f"{path} does not exist: a model that answers with calls carries its tools"
-        )
+        raise GoriError(f"{path} does not exist: a model that answers with calls carries its tools")
     return read_tools(path)
 
 

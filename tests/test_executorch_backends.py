@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from gori import quantized
-from gori.errors import GoriError
+from gori.errors import GoriError, MissingEngine
 from gori.export import executorch_backends as backends
+from gori.export import executorch_backends_qnn as qnn
 from gori.export import parity
 from gori.export.build import export
 from gori.export.contents import compare
@@ -128,17 +129,68 @@ def test_vulkan_refuses_a_float_checkpoint_and_a_table_of_8_bits(tmp_path: Path)
         lower(write_checkpoint(Case(LLAMA, "w4a8-g32", "w8-g32"), tmp_path / "b"), tmp_path / "out2", "vulkan")
 
 
-def test_openvino_qnn_and_unknown_backends_are_refused_with_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vulkan_takes_outputs_in_fours(tmp_path: Path) -> None:
+    source = write_checkpoint(Case(of("llama", vocab_size=201, tied=False), "w4a8-g32", "w4-g32"), tmp_path / "c")
+    with pytest.raises(GoriError, match=r"lm_head.weight has 201 outputs .* multiples of 4: train with a voc.* of 204"):
+        lower(source, tmp_path / "out", "vulkan")
+
+
+def test_a_pass_that_fails_is_named_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_checkpoint(Case(of("llama", vocab_size=201, tied=False), "w4a8-g32", "w4-g32"), tmp_path / "c")
+    monkeypatch.setattr(backends, "check_shapes", lambda _: None)
+    with pytest.raises(GoriError, match=r"^FusePatternsPass of the partitioner for .*Vulkan.* failed .*201, 4, 1"):
+        lower(source, tmp_path / "out", "vulkan")
+
+
+def test_a_chunk_of_one_token_is_lowered_with_a_fixed_length(tmp_path: Path) -> None:
+    source = write_checkpoint(Case(LLAMA, "w4a16-g32"), tmp_path / "c")
+    body = export("executorch", source, tmp_path / "out", context=2, chunk=1, backend="coreml")
+    assert body["metrics"]["parity"]["met"]
+
+
+def test_openvino_and_unknown_backends_are_refused_with_what_is_known() -> None:
     with pytest.raises(GoriError, match=r"--backend openvino .*carries no integers: .*dequantize_affine outside"):
         backends.row("openvino")
-    monkeypatch.delenv("QNN_SDK_ROOT", raising=False)
-    with pytest.raises(GoriError, match=r"QNN_SDK_ROOT names no directory.*SA8295, SA8255, SA8797"):
-        backends.row("qnn")
     with pytest.raises(GoriError, match="backend 'vulcan' is unknown: did you mean 'vulkan'"):
         backends.row("vulcan")
 
 
-def test_the_chips_are_in_executorchs_own_list() -> None:
-    from executorch.backends.qualcomm.serialization import qc_schema
+@pytest.mark.parametrize(("backend", "soc"), [("qnn", "SA8295"), ("qnn:SA8255", "SA8255"), ("qnn:SA8797", "SA8797")])
+def test_qnn_without_the_sdk_names_the_chip_and_what_is_missing(
+    backend: str, soc: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for root, said in ((None, "QNN_SDK_ROOT is not set"), (str(tmp_path / "no"), "which is no directory")):
+        monkeypatch.delenv(qnn.SDK, raising=False)
+        if root:
+            monkeypatch.setenv(qnn.SDK, root)
+        with pytest.raises(MissingEngine, match=rf"--backend qnn:{soc} lacks .*{said}.*never run this path"):
+            backends.row(backend)
+    monkeypatch.setattr(qnn, "BINDINGS", "executorch.no_such_bindings")
+    with pytest.raises(MissingEngine, match=r"no directory.* and the wheel's Python bindings .executorch.no_such"):
+        backends.row(backend)
 
-    assert set(backends.SOCS) <= {chip.name for chip in qc_schema.QcomChipset}
+
+def test_qnn_refuses_another_chip_and_a_flexible_length(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(GoriError, match="chip 'SA8155' of --backend qnn:SA8155 is unknown"):
+        backends.row("qnn:SA8155")
+    monkeypatch.setenv(qnn.SDK, str(tmp_path))
+    source = write_checkpoint(Case(LLAMA, "w8a16-channel"), tmp_path / "c")
+    with pytest.raises(GoriError, match=f"up to {CHUNK} tokens .* fixed shapes: export with --chunk 1"):
+        lower(source, tmp_path / "out", "qnn:SA8255")
+
+
+@pytest.mark.parametrize("soc", qnn.SOCS)
+def test_qnns_compile_specs_are_those_of_the_chip(soc: str) -> None:
+    from executorch.backends.qualcomm.serialization.qc_schema import QcomChipset
+    from executorch.backends.qualcomm.serialization.qc_schema_serialize import flatbuffer_to_option
+
+    options = flatbuffer_to_option(qnn.compile_specs(soc)[0].value)
+    assert options.soc_info.soc_model == QcomChipset[soc]
+
+
+def test_qnns_lowering_goes_as_far_as_the_sdks_first_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An empty directory for the SDK: every pass before Qualcomm's own code ran, and its absence is one sentence."""
+    monkeypatch.setenv(qnn.SDK, str(tmp_path))
+    source = write_checkpoint(Case(LLAMA, "w8a16-channel"), tmp_path / "c")
+    with pytest.raises(GoriError, match=r"the lowering for .*HTP of SA8255. failed .*Failed to initialize QNN backend"):
+        export("executorch", source, tmp_path / "out", context=CONTEXT, chunk=1, backend="qnn:SA8255")

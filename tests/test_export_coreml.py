@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from gori import checkpoint, quantized
 from gori.errors import GoriError
 from gori.export import build, coreml, golden, parity
-from gori.export.contents import compare
-from gori.export.coreml_read import PACKAGE, SPEC, WEIGHTS, read, read_program, unpack_int4
+from gori.export.contents import compare, unpack_int4
+from gori.export.coreml_read import PACKAGE, SPEC, WEIGHTS, read, read_program
 from gori.export.coreml_run import open_directory
 from gori.export.mil_ops import OPERATIONS
 from gori.export.weights import Options, packed_bytes, read_weights, wanted
@@ -53,6 +53,7 @@ Written = Callable[[str], tuple[Path, Path]]
 def write(source: Path, out: Path) -> Path:
     out.mkdir(parents=True)
     coreml.write(read_weights(source), out, Options(source, CONTEXT, CHUNK, 1, (2, 3)))
+    shutil.copyfile(source / "config.json", out / "config.json")
     return out
 
 
