@@ -9,7 +9,6 @@ Shapes in names: T tokens of a prompt, N positions compared, V vocabulary.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -192,11 +191,11 @@ def reference_runs(
     model: Decoder, prompts: Sequence[Prompt], arithmetic: str = "float32"
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
     """What the eager model says to each prompt, and its noise floor: what it says in `arithmetic` (float32 with noise
-    of its last place, or float16)."""
+    of its last place, or float16, in which the model is left: a copy would need half its memory again)."""
     decoded = decoded_tokens(model.cfg.vocab_size)
     want = [eager_logits(model, p, decoded) for p in prompts]
     if arithmetic == "float16":
-        half = _in_float16(model)
+        half = _to_float16(model)
         return want, [[eager_logits(half, p, decoded) for p in prompts]]
     return want, [[noisy_logits(model, p, seed, decoded) for p in prompts] for seed in SEEDS]
 
@@ -214,12 +213,12 @@ def join(
     return Runs(list(prompts), reference[0], got, reference[1])
 
 
-def _in_float16(model: Decoder) -> Decoder:
-    """A copy whose weights are float16, without a copy of the float32 ones on the way; angles stay float32, as every
-    engine computes them."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.half(), requires_grad=False) for p in model.parameters()}
-    memo |= {id(b): b.half() for b in model.buffers() if b is not model.rope_freq}
-    return copy.deepcopy(model, memo)
+def _to_float16(model: Decoder) -> Decoder:
+    """The model itself, its weights made float16 one by one; angles stay float32, as every engine computes them."""
+    angles = model.rope_freq
+    model.half()
+    model.rope_freq = angles
+    return model
 
 
 def judge(runs: Runs) -> Parity:

@@ -58,7 +58,7 @@ def test_the_file_holds_the_checkpoints_integers_and_the_graphs_compute_its_logi
     session, model = runner.open_directory(out, 1), quantized.load(source, rounding="none")
     found = parity.measure_parity(session, model, prompts, TARGETS["atom-max"].arithmetic)
     assert found.met, parity.describe(found)
-    reference = session_of(model, source, CONTEXT)
+    reference = session_of(quantized.load(source, rounding="none"), source, CONTEXT)
     for prompt in ([5, 6, 7], list(range(70))):
         session.reset(), reference.reset()
         tokens = list(generate(session, prompt, (), max_new=16))
@@ -279,3 +279,15 @@ def test_a_prompt_that_starts_late_in_the_context_is_read_to_its_end(exported: E
     np.testing.assert_allclose(got, want, atol=4 * 2**-11 * np.abs(want).max())
     with pytest.raises(GoriError, match=f"{CONTEXT} tokens are in the context"):
         session.decode(7)
+
+
+def test_the_check_asks_for_torch_and_not_for_the_sdk(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    from gori.errors import MissingEngine
+    from gori.export import atom_max_run
+
+    atom_max_run.check()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(MissingEngine, match="needs torch and safetensors"):
+        atom_max_run.check()
