@@ -207,8 +207,8 @@ VARIANTS: dict[str, Target] = {
         docs="executorch-backends.md",
     ),
 }
-"""ExecuTorch's backend → the target's row with what that backend holds. OpenVINO and QNN hold nothing that gori could
-prove: export/executorch_backends.py says why."""
+"""ExecuTorch's backend → the target's row with what that backend holds. OpenVINO's holds nothing that gori could prove,
+QNN's is made where Qualcomm's SDK is: export/executorch_backends.py says why and how."""
 
 
 def answering(names: Iterable[str]) -> list[str]:
