@@ -38,7 +38,7 @@ from gori.console import log, peak_rss_mib
 from gori.errors import GoriError
 from gori.export import evidence, golden, parity
 from gori.export.contents import compare, digests
-from gori.export.verify import INTEGERS, PARITY
+from gori.export.verify import INTEGERS
 from gori.export.weights import (
     Options,
     Weights,
@@ -50,15 +50,13 @@ from gori.export.weights import (
     resolve_lengths,
     wanted,
 )
+from gori.quantized import SCHEMA
 from gori.runtime.eager import session_of, special_ids
 from gori.runtime.session import Session, SessionInfo
-from gori.targets import Target
+from gori.targets import PARITY, Target, named
 from gori.targets import target as target_row
+from gori.tokenizer import copy_files
 
-COPIED = (
-    "config.json", "quantization.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
-    "chat_template.jinja", "tools.json",
-)  # fmt: skip
 IDENTITY = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tools.json")
 """Files by which a text becomes the ids that a model was trained on, and back."""
 SLACK = 1.15
@@ -114,12 +112,10 @@ def export(
     def build(tmp: Path) -> None:
         weights = read_weights(source)
         check_schemes(weights.spec, row)
+        copy_beside(source, tmp)
         hashes = write_and_read_back(row, weights, tmp, options, manifest)
         weights = replace(weights, integers={}, floats={})  # the reference needs the memory
         give_back()
-        for file in COPIED:
-            if (source / file).exists() and not (tmp / file).exists():
-                shutil.copyfile(source / file, tmp / file)
         proof = prove(row, tmp, options, prompts, seed) if row.opener else None
         manifest.gates += gates(manifest.metrics, proof)
         if proof:
@@ -128,11 +124,20 @@ def export(
         else:
             manifest.metrics |= {"parity": None, "not_run": row.stand_in}
         write_json(tmp / INTEGERS, {"schema_version": 1, "tensors": hashes})
-        write_json(tmp / PARITY, ledger_entry(row, proof, manifest, tmp))
-        evidence.write(tmp, weights, row, options, manifest)
+        entry = ledger_entry(row, proof, manifest, tmp)
+        write_json(tmp / PARITY, entry)
+        evidence.write(tmp, weights, row, options, manifest, entry)
 
     make(out, manifest, build)
     return read_manifest(out)
+
+
+def copy_beside(source: Path, directory: Path) -> None:
+    """What travels with every engine's file: shape and schemes, tokenizer, template, generation settings, tools."""
+    copy_files(source, directory)
+    for name in ("config.json", SCHEMA):
+        if (source / name).exists():
+            shutil.copyfile(source / name, directory / name)
 
 
 def find_row(name: str, backend: str | None) -> Target:
@@ -166,7 +171,6 @@ def write_and_read_back(row: Target, w: Weights, tmp: Path, o: Options, manifest
             "no tokenizer.json: no utterance was spoken to it, and no text can be until one is beside it"
         )
     manifest.metrics |= facts
-    shutil.copyfile(o.source / "config.json", tmp / "config.json")
     want = wanted(w, copied_head=row.copied_head, float_bits=row.float_bits)
     compared = compare(reader.read(tmp), want, row.file)
     size, packed = size_bytes(tmp / row.file), packed_bytes(want)
@@ -200,8 +204,8 @@ def size_bytes(path: Path) -> int:
 
 def open_artifact(row: Target, directory: Path) -> Session:
     """The engine over a written directory, on one thread, or what stands in for it here."""
-    name, _, function = row.opener.partition(":")
-    return getattr(module(name, row), function)(directory, 1)
+    module(row.opener.partition(":")[0], row)
+    return named(row.opener)(directory, 1)
 
 
 def prove(row: Target, tmp: Path, o: Options, prompts: Sequence[Sequence[int]], seed: int) -> Proof:
@@ -224,7 +228,7 @@ def prove(row: Target, tmp: Path, o: Options, prompts: Sequence[Sequence[int]], 
     answers = [{"text": t, "prompt": p, "answer": given[t][1]} for t, p in spoken.items()]
     same = sum(mine == theirs for mine, theirs in given.values())
     second = golden.second_engine(row, tmp, answers)
-    if second and second["same_answers"] < golden.SAME * second["answers"]:
+    if second and not golden.agrees(second):
         raise GoriError(
             f"{second['engine']} gives {second['same_answers']} of {second['answers']} answers of the reference where "
             f"{row.engine} gives {same} of {len(answers)}: nothing was written; report the model's tokenizer.json"

@@ -87,11 +87,15 @@ def digests(contents: Mapping[str, Found]) -> dict[str, str]:
     return {name: f.digest() for name, f in sorted(contents.items()) if f.scale is not None}
 
 
+def linear_names(layers: int, head: str) -> list[str]:
+    """The weight of every linear in the order in which a decoder runs them; `head` is the last."""
+    parts = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
+    return [f"model.layers.{i}.{p}.weight" for i in range(layers) for p in parts] + [head]
+
+
 def linears_of(directory: Path) -> list[str]:
     """The linears of the decoder that config.json describes, in running order; the head is the last."""
-    body = read_object(directory / "config.json")
-    parts = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
-    return [f"model.layers.{i}.{p}.weight" for i in range(int(body["num_hidden_layers"])) for p in parts] + [HEAD]
+    return linear_names(int(read_object(directory / "config.json")["num_hidden_layers"]), HEAD)
 
 
 def named(file: Path, table: Found, linears: Sequence[Found]) -> dict[str, Found]:
@@ -115,8 +119,3 @@ def unpack_int4(packed: NDArray[np.uint8]) -> NDArray[np.int8]:
     both[:, 1] = packed.reshape(-1).view(np.int8)
     both >>= 4
     return both.reshape(-1)
-
-
-def one_line(e: BaseException) -> str:
-    """What an error says, without line breaks: a protocol buffer's or an engine's goes over many."""
-    return " ".join(str(e).split())[:300] or type(e).__name__

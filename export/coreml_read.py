@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from gori.errors import GoriError, MissingEngine
-from gori.export.contents import Array, Found, named, one_line, unpack_int4
+from gori.errors import GoriError, MissingEngine, one_line
+from gori.export.contents import Array, Found, named, unpack_int4
 
 PACKAGE = "model.mlpackage"
 DATA = Path("Data", "com.apple.CoreML")

@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from gori.errors import GoriError, MissingEngine
-from gori.export.contents import one_line
+from gori.errors import GoriError, MissingEngine, one_line
 from gori.export.coreml_read import PACKAGE, SPEC, WEIGHTS, Array, Operation, Program, read_program
 from gori.export.mil_ops import OPERATIONS, wide
 from gori.runtime.session import Logits, Session, SessionInfo

@@ -19,11 +19,11 @@ BOM, MEMORY, CARD = "bom.cdx.json", "memory.json", "MODEL_CARD.md"
 NO_CLAIM = "Evidence from one export. It claims no compliance with any standard or regulation."
 
 
-def write(directory: Path, w: Weights, row: Target, o: Options, manifest: Manifest) -> None:
-    """The three papers into an artifact's directory."""
+def write(directory: Path, w: Weights, row: Target, o: Options, manifest: Manifest, entry: dict[str, Any]) -> None:
+    """The three papers into an artifact's directory; `entry` is its parity.json."""
     table = memory(w, row, o, manifest.metrics)
     write_json(directory / MEMORY, table)
-    (directory / CARD).write_text(card(w, row, o, manifest, table), encoding="utf-8")
+    (directory / CARD).write_text(card(w, row, o, manifest, entry, table), encoding="utf-8")
     write_json(directory / BOM, bom(directory, w, row, manifest))
 
 
@@ -48,7 +48,7 @@ def memory(w: Weights, row: Target, o: Options, metrics: dict[str, Any]) -> dict
     }
 
 
-def card(w: Weights, row: Target, o: Options, manifest: Manifest, table: dict[str, Any]) -> str:
+def card(w: Weights, row: Target, o: Options, manifest: Manifest, entry: dict[str, Any], table: dict[str, Any]) -> str:
     """A page for a reader who has only this directory."""
     cfg, m = w.cfg, manifest.metrics
     found = m["parity"]
@@ -61,7 +61,7 @@ def card(w: Weights, row: Target, o: Options, manifest: Manifest, table: dict[st
             f"| same first choice | {got['top1']:.2%} of {got['positions']} positions |",
         ]
     scheme = f"{w.spec.scheme}, embedding {w.spec.embedding}, method {w.spec.method}" if w.spec else "float32"
-    ran = row.stand_in or f"{row.engine}, the engine itself"
+    ran = f"{entry['ran']}, the engine itself" if entry["executed"] else entry["ran"]
     lines = [
         f"# {row.file}: a {cfg.kind} decoder for {row.engine}",
         "",
@@ -89,7 +89,7 @@ def card(w: Weights, row: Target, o: Options, manifest: Manifest, table: dict[st
         "",
         "## What to know",
         "",
-        *([f"- not run on the device: {row.stand_in}"] if row.stand_in else []),
+        *([] if entry["executed"] else [f"- not run on the device: {entry['ran']}"]),
         *[f"- {note}" for note in manifest.notes],
         "- What it was trained for and how well it does is not known to an export: see the training run's report.",
         "",

@@ -23,9 +23,8 @@ from typing import Any
 from unittest import mock
 
 from gori.console import log
-from gori.errors import GoriError, nearest
+from gori.errors import GoriError, nearest, one_line
 from gori.export import executorch_backends_qnn as qnn
-from gori.export.contents import one_line
 from gori.export.executorch import PTE, load_exporter, metadata
 from gori.export.executorch_warnings import upstream_warnings
 from gori.export.weights import Options, Weights, linear_names

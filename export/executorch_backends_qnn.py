@@ -13,8 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gori.errors import GoriError, MissingEngine, nearest
-from gori.export.contents import one_line
+from gori.errors import GoriError, MissingEngine, nearest, one_line
 from gori.export.executorch_warnings import upstream_warnings
 from gori.targets import VARIANTS, Target
 

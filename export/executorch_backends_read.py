@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gori.errors import GoriError
+from gori.errors import GoriError, one_line
 from gori.export import coreml_read
-from gori.export.contents import Found, named, one_line
+from gori.export.contents import Found, named
 from gori.export.coreml_run import InterpretedSession
 from gori.export.executorch_pte import Pte
 from gori.export.executorch_read import unpack

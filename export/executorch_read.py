@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gori.errors import GoriError
-from gori.export.contents import Array, Found, named, one_line
+from gori.errors import GoriError, one_line
+from gori.export.contents import Array, Found, named
 from gori.export.executorch_pte import Pte
 from gori.export.executorch_warnings import upstream_warnings
 

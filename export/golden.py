@@ -7,7 +7,6 @@ after some that are decoded one by one, and for utterances in Korean and English
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from gori.artifact import read_object, write_json
 from gori.errors import GoriError
 from gori.runtime.generate import generate
 from gori.runtime.session import Session
-from gori.targets import Target
+from gori.targets import Target, named
 from gori.tokenizer import Tokenizer
 
 FILE = "golden.json"
@@ -180,8 +179,12 @@ def second_engine(target: Target, directory: Path, answers: list[dict[str, Any]]
     """What the engine of a target's second file gives of the golden answers; None where there is no such file."""
     if target.second is None or not (directory / target.second[0]).exists():
         return None
-    module, _, function = target.second[1].partition(":")
-    return getattr(importlib.import_module(module), function)(directory, answers, LONGEST_ANSWER)
+    return named(target.second[1])(directory, answers, LONGEST_ANSWER)
+
+
+def agrees(second: dict[str, Any] | None) -> bool:
+    """Whether a second engine gives enough of the golden answers; one that is not there does not disagree."""
+    return second is None or second["same_answers"] >= SAME * second["answers"]
 
 
 @dataclass(frozen=True)

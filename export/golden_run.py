@@ -7,7 +7,6 @@ install, or `problem` with a sentence.
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 from gori.artifact import read_object
 from gori.errors import GoriError, MissingEngine
 from gori.export import golden
-from gori.targets import Target, exported_row
+from gori.targets import PARITY, Target, exported_row, named
 
 LONGEST_S = 1800.0
 """An engine that takes longer is given up."""
@@ -27,10 +26,8 @@ MARK = "golden:"
 
 def run(directory: Path) -> dict[str, Any]:
     """What this machine's engine gives; raises GoriError, MissingEngine where there is no such engine."""
-    target = exported_row(read_object(directory / "parity.json"))
-    module, _, function = target.opener.partition(":")
-    found = golden.read(directory)
-    session = getattr(importlib.import_module(module), function)(directory, 1)
+    target, found = exported_row(read_object(directory / PARITY)), golden.read(directory)
+    session = named(target.opener)(directory, 1)
     info, check = session.info, golden.check(session, found)
     here = {**vars(check), "met": check.met, "engine": info.engine, "engine_version": info.engine_version}
     del session
@@ -75,7 +72,7 @@ def main(directory: Path) -> dict[str, Any]:
     except MissingEngine as e:
         return {"missing": str(e)}
     except ImportError as e:
-        return {"missing": missing(e, exported_row(read_object(directory / "parity.json")))}
+        return {"missing": missing(e, exported_row(read_object(directory / PARITY)))}
     except GoriError as e:
         return {"problem": str(e)}
 

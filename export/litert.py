@@ -7,13 +7,12 @@ No converter is involved: nothing is traced, and nothing is quantized here.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from gori.console import log
 from gori.export.litert_bundle import load_builder, write_bundle
-from gori.export.litert_bundle_read import BESIDE, BUNDLE
+from gori.export.litert_bundle_read import BUNDLE
 from gori.export.litert_graph import build
 from gori.export.litert_weights import Kernels, dequantized_values
 from gori.export.weights import Options, Weights
@@ -26,13 +25,9 @@ def check() -> None:
 
 
 def write(w: Weights, out: Path, o: Options) -> dict[str, Any]:
-    """Write model.tflite and, if a tokenizer.json travels with the checkpoint, model.litertlm and the files that its
-    reader compares it with."""
+    """Write model.tflite and, if a tokenizer.json travels with the checkpoint, model.litertlm."""
     metrics = write_tflite(w, out, o, Kernels.LITERT)
     if (o.source / "tokenizer.json").exists():
-        for name in BESIDE:
-            if (o.source / name).exists():
-                shutil.copyfile(o.source / name, out / name)
         metrics["litertlm_bytes"] = write_bundle(out, o)
         log(f"{BUNDLE}: {metrics['litertlm_bytes']:,} bytes, the same model with its tokenizer and template")
     return metrics

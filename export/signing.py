@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gori.artifact import SIGNATURE, check_integrity
-from gori.errors import GoriError, MissingEngine
+from gori.errors import GoriError, MissingEngine, one_line
 
 URI = "pkcs11:"
 
@@ -30,7 +30,7 @@ def sign_artifact(directory: Path, key: str) -> dict[str, Any]:
     except GoriError:
         raise
     except Exception as e:  # the library raises ValueError, TypeError, its token's own errors and bare Exception
-        raise GoriError(f"--key {_shown(key)} does not sign {directory}: {_reason(e)}") from e
+        raise GoriError(f"--key {_shown(key)} does not sign {directory}: {one_line(e, 200)}") from e
     return {"signature": str(signature), "files": len(files) + 1}
 
 
@@ -52,7 +52,7 @@ def check_signature(directory: Path, key: Path) -> None:
         config = verifying.use_elliptic_key_verifier(public_key=key).set_hashing_config(_hashing(directory))
         config.verify(directory.resolve(), signature.resolve())
     except Exception as e:  # as above
-        raise GoriError(f"the signature of {directory} is not one that {key} verifies: {_reason(e)}") from e
+        raise GoriError(f"the signature of {directory} is not one that {key} verifies: {one_line(e, 200)}") from e
 
 
 def _hashing(directory: Path) -> Any:
@@ -73,7 +73,3 @@ def _library() -> Any:
 def _shown(key: str) -> str:
     """A key's name without the PIN that its URI may carry."""
     return key.partition("?")[0]
-
-
-def _reason(e: Exception) -> str:
-    return " ".join(str(e).split())[:200] or type(e).__name__

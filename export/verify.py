@@ -18,10 +18,10 @@ from rich.table import Table
 from gori.artifact import MANIFEST, check_integrity, read_manifest, read_object, sha256_file, sha256_json
 from gori.errors import GoriError, MissingEngine
 from gori.export import golden, golden_run
-from gori.export.contents import digests
-from gori.targets import TARGETS, exported_row
+from gori.export.contents import EMBEDDING, HEAD, digests
+from gori.targets import PARITY, TARGETS, exported_row
 
-PARITY, INTEGERS = "parity.json", "integers.json"
+INTEGERS = "integers.json"
 
 
 @dataclass
@@ -170,8 +170,7 @@ def _check_integers(row: Row) -> None:
 
 def _shared_out(found: dict[str, str]) -> dict[str, str]:
     """Without a head that is the table once more: some formats keep a copy, some do not."""
-    head, table = found.get("lm_head.weight"), found.get("model.embed_tokens.weight")
-    return {n: d for n, d in found.items() if n != "lm_head.weight" or d != table or head is None}
+    return {n: d for n, d in found.items() if n != HEAD or d != found.get(EMBEDDING)}
 
 
 def _run_golden(row: Row) -> None:
@@ -179,7 +178,6 @@ def _run_golden(row: Row) -> None:
     target = exported_row(row.entry)
     if not target.opener:
         raise MissingEngine(target.stand_in)
-    golden.read(row.directory)
     said = golden_run.in_process(row.directory)
     if said.get("missing"):
         raise MissingEngine(said["missing"])
@@ -194,7 +192,7 @@ def _run_golden(row: Row) -> None:
             f"{row.entry['engine_version']} then)"
         )
     second = here["second"]
-    if second and second["same_answers"] < golden.SAME * second["answers"]:
+    if not golden.agrees(second):
         raise GoriError(
             f"{row.directory}: {second['engine']} gives {second['same_answers']} of {second['answers']} golden "
             "answers: export again"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gori import checkpoint, quantized
 from gori.errors import GoriError
+from gori.export import contents
 from gori.export.contents import Found
 from gori.model import ModelConfig
 from gori.quantize.schemes import EMBEDDINGS, SCHEMES
@@ -93,8 +94,7 @@ def check_complete(cfg: ModelConfig, tensors: Mapping[str, Any], source: Path) -
 
 def linear_names(cfg: ModelConfig, head: str) -> list[str]:
     """The weight of every linear in the order in which a decoder runs them; `head` is the last."""
-    parts = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
-    return [f"model.layers.{i}.{p}.weight" for i in range(cfg.layers) for p in parts] + [head]
+    return contents.linear_names(cfg.layers, head)
 
 
 def wanted(w: Weights, *, copied_head: bool = False, float_bits: int = 32) -> dict[str, Found]:
@@ -119,11 +119,10 @@ def array(t: Tensor) -> NDArray[Any]:
     return np.ascontiguousarray(t.detach().numpy())
 
 
-def packed_bytes(contents: Mapping[str, Found]) -> int:
+def packed_bytes(held: Mapping[str, Found]) -> int:
     """Bytes of weights: integers packed, scales at 16 bits, floats as they are."""
     return sum(
-        f.weight.nbytes if f.scale is None else f.weight.size * f.bits // 8 + 2 * f.scale.size
-        for f in contents.values()
+        f.weight.nbytes if f.scale is None else f.weight.size * f.bits // 8 + 2 * f.scale.size for f in held.values()
     )
 
 
@@ -176,13 +175,13 @@ def resolve_lengths(cfg: ModelConfig, context: int | None, chunk: int | None) ->
     return context, chunk
 
 
-def notes(w: Weights, contents: Mapping[str, Found]) -> list[str]:
+def notes(w: Weights, held: Mapping[str, Found]) -> list[str]:
     """What a reader of the manifest must know."""
     if w.spec is None:
         return ["scheme float: a checkpoint without integers"]
     twice = ["the tied table is in the file twice, for look-up and as the head"]
     matrices = {n: why for n, why in w.spec.float_tensors.items() if n in w.floats and w.floats[n].dim() > 1}
-    copied = HEAD in contents and w.head_name == EMBEDDING
+    copied = HEAD in held and w.head_name == EMBEDDING
     return [*(twice if copied else []), *(f"{n} is float: {why}" for n, why in matrices.items())]
 
 

@@ -18,6 +18,11 @@ class GateError(GoriError):
     """A gate or a budget was not met; the command line exits 3."""
 
 
+def one_line(e: BaseException, longest: int = 300) -> str:
+    """What a library's error says, without line breaks and not without end; its kind where it says nothing."""
+    return " ".join(str(e).split())[:longest] or type(e).__name__
+
+
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """`": did you mean 'x'?"` for the closest allowed word, or a list of all that are allowed."""
     words = sorted(allowed)

@@ -6,11 +6,15 @@ exporter and the reader of a target are named and imported when they are used.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import importlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from gori.errors import GoriError, nearest
+
+PARITY = "parity.json"
+"""What an exported artifact says of itself: which target, which engine ran, what was measured."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,18 @@ class Target:
     docs: str = ""
 
 
+def named(place: str) -> Callable[..., Any]:
+    """The function that a row names as `module:function`; what its module needs is imported now."""
+    module, _, function = place.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
 def spelled(*parts: str) -> tuple[str, ...]:
     """Scheme names of bits-and-activations × granularities: `spelled("w4a8:channel,g32")`."""
     return tuple(f"{b}-{g}" for part in parts for b, _, gs in [part.partition(":")] for g in gs.split(","))
 
 
+EVERY_LINEAR = spelled(*(f"{bits}:channel,g32,g64,g128" for bits in ("w8a8", "w8a16", "w4a8", "w4a16")))
 EVERY_TABLE = ("float", *spelled("w8:channel,g32,g64,g128", "w4:channel,g32,g64,g128"))
 
 TARGETS: dict[str, Target] = {
@@ -121,12 +132,7 @@ TARGETS: dict[str, Target] = {
             writer="gori.export.coreml",
             reader="gori.export.coreml_read",
             opener="gori.export.coreml_run:open_directory",
-            linears=spelled(
-                "w8a8:channel,g32,g64,g128",
-                "w8a16:channel,g32,g64,g128",
-                "w4a8:channel,g32,g64,g128",
-                "w4a16:channel,g32,g64,g128",
-            ),
+            linears=EVERY_LINEAR,
             tables=EVERY_TABLE,
             activations="none",
             arithmetic="float16",
@@ -144,12 +150,7 @@ TARGETS: dict[str, Target] = {
             writer="gori.export.gguf",
             reader="gori.export.gguf_read",
             opener="gori.runtime.gguf:open_directory",
-            linears=spelled(
-                "w8a8:channel,g32,g64,g128",
-                "w8a16:channel,g32,g64,g128",
-                "w4a8:channel,g32,g64,g128",
-                "w4a16:channel,g32,g64,g128",
-            ),
+            linears=EVERY_LINEAR,
             tables=EVERY_TABLE,
             activations="q8_0",
             arithmetic="float32",
@@ -187,7 +188,7 @@ VARIANTS: dict[str, Target] = {
         writer="gori.export.executorch_backends",
         reader="gori.export.executorch_backends_read",
         opener="gori.export.executorch_backends_read:open_coreml",
-        linears=spelled(*(f"{b}:channel,g32,g64,g128" for b in ("w8a8", "w8a16", "w4a8", "w4a16"))),
+        linears=EVERY_LINEAR,
         activations="none",
         arithmetic="float16",
         copied_head=False,

@@ -17,6 +17,7 @@ from gori.calls import Call, Function, read_tools, render
 from gori.data import Conversation
 from gori.errors import GoriError
 from gori.runtime.session import Session, find_engine, open_session
+from gori.targets import PARITY
 from gori.tokenizer import Tokenizer, eos_ids
 
 SLICE = 50
@@ -33,7 +34,7 @@ def is_artifact(directory: Path) -> bool:
 
 def rounding_of(directory: Path) -> str:
     """How the engine of an exported artifact rounds what a quantized linear is given; see gori.quantized.ROUNDINGS."""
-    path = Path(directory) / "parity.json"
+    path = Path(directory) / PARITY
     return str(read_object(path).get("activations", "scheme")) if path.exists() else "scheme"
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from gori import console
-from gori.errors import GoriError, MissingEngine
+from gori.errors import GoriError, MissingEngine, one_line
 from gori.runtime.session import Logits, Session, SessionInfo
 
 # The two libraries register the kernels that an exported decoder calls; loading a program without them fails.
@@ -128,11 +128,6 @@ def session_info(
         file_bytes=file.stat().st_size,
         stand_in=stand_in,
     )
-
-
-def one_line(e: BaseException) -> str:
-    """What ExecuTorch says, without line breaks."""
-    return " ".join(str(e).split())[:300] or type(e).__name__
 
 
 def open_directory(directory: Path, threads: int | None) -> ExecutorchSession:

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gori import console
-from gori.errors import GoriError, MissingEngine
+from gori.errors import GoriError, MissingEngine, one_line
 from gori.runtime.flatbuffer import mapped, metadata, root
 from gori.runtime.session import Logits, Session, SessionInfo
 
@@ -160,8 +160,7 @@ class LitertSession(SignatureSession):
         try:
             return self._compiled.run(call, self.info.vocab_size)
         except RuntimeError as e:
-            said = " ".join(str(e).split())
-            raise GoriError(f"LiteRT does not run {self.info.path} ({said}): export it again") from e
+            raise GoriError(f"LiteRT does not run {self.info.path} ({one_line(e)}): export it again") from e
 
 
 def read_facts(file: Path) -> Facts:
@@ -245,5 +244,4 @@ def open_litert(file: Path, threads: int | None) -> LitertSession:
         with console.without_lines(*CHATTER):
             return LitertSession(Compiled(file, options), facts, info)
     except (RuntimeError, ValueError, KeyError) as e:
-        said = " ".join(str(e).split())
-        raise GoriError(f"{file} is not a .tflite that this LiteRT loads ({said}): export it again") from e
+        raise GoriError(f"{file} is not a .tflite that this LiteRT loads ({one_line(e)}): export it again") from e

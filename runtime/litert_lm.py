@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from gori import console
-from gori.errors import GoriError, MissingEngine
+from gori.errors import GoriError, MissingEngine, one_line
 from gori.tokenizer import Tokenizer
 
 BUNDLE = "model.litertlm"
@@ -40,7 +40,7 @@ class LiteRtLm:
                 self._engine = engine.Engine(str(file), backend=backend, cache_dir=self._scratch.name)
         except (RuntimeError, ValueError) as e:
             self._scratch.cleanup()
-            said = " ".join(str(e).split())[:LONGEST_REASON]
+            said = one_line(e, LONGEST_REASON)
             raise GoriError(f"{file} is not a .litertlm that this LiteRT-LM loads ({said}): export it again") from e
         self._greedy = engine.SamplerConfig(top_k=1, top_p=1.0, temperature=1.0, seed=0)
 
@@ -90,7 +90,7 @@ class LiteRtLm:
             with console.without_lines(*CHATTER):
                 yield
         except (RuntimeError, ValueError) as e:
-            said = " ".join(str(e).split())[:LONGEST_REASON]
+            said = one_line(e, LONGEST_REASON)
             raise GoriError(f"LiteRT-LM does not {what} with {self._file} ({said}): export it again") from e
 
     def _generate(self, text: str, max_new: int, *, template: bool) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gori.errors import GoriError
+from gori.targets import PARITY
 
 Logits = NDArray[np.float32]
 
@@ -166,7 +167,7 @@ def open_session(path: Path | str, threads: int | None = None) -> Session:
     engine, file = find_engine(path)
     if engine is not None:
         return getattr(importlib.import_module(engine.module), engine.opener)(file, threads)
-    if (path / "parity.json").exists():
+    if (path / PARITY).exists():
         raise GoriError(
             f"{path} was exported for an engine that does not run here: `gori verify {path}` runs its stand-in"
         )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from gori.export import atom_max
 from gori.export.weights import Options, read_weights
 from gori.model import ModelConfig
-from students import LLAMA3, Case, of, write_checkpoint
+from students import LLAMA3, Case, Exported, each_once, of
 
 CONTEXT, CHUNK = 128, 64
 
@@ -32,7 +31,6 @@ CASES = {
     "qwen3, tied but apart, table in groups": Case(wide("qwen3"), "w8a16-channel", "w8-g32"),
     "llama float": Case(wide("llama"), "float"),
 }
-Exported = Callable[[str], tuple[Path, Path]]
 
 
 def options(source: Path, context: int = CONTEXT, chunk: int = CHUNK, backend: str | None = None) -> Options:
@@ -46,13 +44,5 @@ def export(source: Path, out: Path, backend: str | None = None) -> Path:
 
 
 def maker(root: Path) -> Exported:
-    """Case name → (checkpoint, exported directory) under `root`, each made once."""
-    made = dict[str, tuple[Path, Path]]()
-
-    def make(name: str) -> tuple[Path, Path]:
-        if name not in made:
-            source = write_checkpoint(CASES[name], root / f"{len(made)}")
-            made[name] = source, export(source, root / f"{len(made)}.out")
-        return made[name]
-
-    return make
+    """The cases under `root`."""
+    return each_once(root, CASES, export)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from decoders import random_decoder
@@ -31,6 +32,24 @@ class Case:
 
 def of(kind: str, **changes: object) -> ModelConfig:
     return dataclasses.replace(LLAMA, kind=kind, **changes)  # type: ignore[arg-type]
+
+
+Exported = Callable[[str], tuple[Path, Path]]
+"""Case name → (checkpoint, directory with what was made of it)."""
+
+
+def each_once(root: Path, cases: Mapping[str, Case], make: Callable[[Path, Path], object]) -> Exported:
+    """Cases by name under `root`, each written and given to `make(checkpoint, out)` once, when it is asked for."""
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def once(name: str) -> tuple[Path, Path]:
+        if name not in made:
+            source, out = write_checkpoint(cases[name], root / f"{len(made)}"), root / f"{len(made)}.out"
+            make(source, out)
+            made[name] = (source, out)
+        return made[name]
+
+    return once
 
 
 def write_checkpoint(case: Case, out: Path) -> Path:

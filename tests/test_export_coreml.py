@@ -33,7 +33,7 @@ from gori.export.weights import Options, packed_bytes, read_weights, wanted
 from gori.quantized import EMBEDDING, HEAD
 from gori.runtime.eager import session_of
 from gori.targets import TARGETS
-from students import CHUNK, CONTEXT, LLAMA, LLAMA3, Case, of, write_checkpoint
+from students import CHUNK, CONTEXT, LLAMA, LLAMA3, Case, Exported, each_once, of, write_checkpoint
 
 ROW = TARGETS["coreml"]
 CASES = {
@@ -47,7 +47,6 @@ CASES = {
     "qwen2 float, tied": Case(of("qwen2"), "float"),
     "llama float, untied": Case(of("llama", tied=False), "float"),
 }
-Written = Callable[[str], tuple[Path, Path]]
 
 
 def write(source: Path, out: Path) -> Path:
@@ -58,17 +57,9 @@ def write(source: Path, out: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
+def written(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Case name → (checkpoint, directory with its package), each made once."""
-    root, made = tmp_path_factory.mktemp("coreml"), dict[str, tuple[Path, Path]]()
-
-    def once(name: str) -> tuple[Path, Path]:
-        if name not in made:
-            source = write_checkpoint(CASES[name], root / f"{len(made)}")
-            made[name] = (source, write(source, root / f"{len(made)}.cm"))
-        return made[name]
-
-    return once
+    return each_once(tmp_path_factory.mktemp("coreml"), CASES, write)
 
 
 def held(source: Path) -> dict[str, Any]:
@@ -76,14 +67,14 @@ def held(source: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_integer_scale_and_float_comes_back_as_it_was(case: str, written: Written) -> None:
+def test_every_integer_scale_and_float_comes_back_as_it_was(case: str, written: Exported) -> None:
     source, out = written(case)
     assert compare(read(out), held(source), PACKAGE) == len(held(source))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_saved_program_gives_the_checkpoints_logits_within_float16s_noise_floor(
-    case: str, written: Written
+    case: str, written: Exported
 ) -> None:
     source, out = written(case)
     prompts = parity.default_prompts(200, CONTEXT, CHUNK, seed=7)
@@ -95,7 +86,7 @@ def test_the_saved_program_gives_the_checkpoints_logits_within_float16s_noise_fl
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_greedy_tokens_are_those_of_the_eager_model(case: str, written: Written) -> None:
+def test_greedy_tokens_are_those_of_the_eager_model(case: str, written: Exported) -> None:
     source, out = written(case)
     reference = session_of(quantized.load(source, ROW.activations), source, CONTEXT)
     session = open_directory(out, None)
@@ -114,7 +105,7 @@ def test_every_scheme_of_the_row_is_carried_and_computed(scheme: str, tmp_path: 
     assert found.met, parity.describe(found)
 
 
-def test_a_tied_table_is_in_the_file_once_and_the_file_has_no_waste(written: Written) -> None:
+def test_a_tied_table_is_in_the_file_once_and_the_file_has_no_waste(written: Exported) -> None:
     source, out = written("llama, shared table, rope scaling")
     program = read_program(out / PACKAGE)
     users = [o.kind for o in program.operations for a in o.inputs.values() if "model_embed_tokens_weight" in a]
@@ -137,7 +128,7 @@ def test_the_same_checkpoint_gives_the_same_bytes_and_the_driver_says_that_no_de
     assert all(g["met"] for g in body["gates"])
 
 
-def test_the_manifest_names_both_parts_by_paths_that_exist(written: Written) -> None:
+def test_the_manifest_names_both_parts_by_paths_that_exist(written: Exported) -> None:
     package = written("qwen2 untied")[1] / PACKAGE
     body = json.loads((package / "Manifest.json").read_text())
     paths = {key: entry["path"] for key, entry in body["itemInfoEntries"].items()}
@@ -146,7 +137,7 @@ def test_the_manifest_names_both_parts_by_paths_that_exist(written: Written) -> 
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_coremltools_reads_the_package_and_finds_the_same_constants(case: str, written: Written) -> None:
+def test_coremltools_reads_the_package_and_finds_the_same_constants(case: str, written: Exported) -> None:
     coreml.load_exporter()
     from coremltools import models
     from coremltools.converters.mil.frontend.milproto.load import load
@@ -165,7 +156,7 @@ def test_coremltools_reads_the_package_and_finds_the_same_constants(case: str, w
             np.testing.assert_array_equal(op.scale.val.astype(np.float32), want.scale)
 
 
-def test_a_developer_finds_inputs_states_and_facts_in_the_description(written: Written) -> None:
+def test_a_developer_finds_inputs_states_and_facts_in_the_description(written: Exported) -> None:
     coreml.load_exporter()
     from coremltools import models
 
@@ -262,7 +253,7 @@ def test_nibbles_are_twos_complement_and_low_first() -> None:
     np.testing.assert_array_equal(unpack_int4(packed), values)
 
 
-def test_reading_and_running_import_neither_torch_nor_coremltools(written: Written) -> None:
+def test_reading_and_running_import_neither_torch_nor_coremltools(written: Exported) -> None:
     out = written("llama, shared table, rope scaling")[1]
     code = (
         "import sys; from pathlib import Path; from gori.export.coreml_read import read\n"
@@ -296,7 +287,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("fault", REFUSED)
-def test_what_float16_does_not_hold_is_refused_by_name(fault: str, written: Written, tmp_path: Path) -> None:
+def test_what_float16_does_not_hold_is_refused_by_name(fault: str, written: Exported, tmp_path: Path) -> None:
     name, change, message = REFUSED[fault]
     source = changed(written("llama, shared table, rope scaling")[0], tmp_path / "c", name, change)
     with pytest.raises(GoriError, match=message):
@@ -304,7 +295,7 @@ def test_what_float16_does_not_hold_is_refused_by_name(fault: str, written: Writ
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_activations_that_overflow_float16_are_said_and_not_given_as_logits(written: Written, tmp_path: Path) -> None:
+def test_activations_that_overflow_float16_are_said_and_not_given_as_logits(written: Exported, tmp_path: Path) -> None:
     source = changed(written("qwen2 float, tied")[0], tmp_path / "c", "model.norm.weight", lambda w: w * 0 + 6e4)
     with pytest.raises(GoriError, match="overflows float16, its logits are not finite: export to executorch"):
         open_directory(write(source, tmp_path / "out"), None).prefill([1])
@@ -324,7 +315,7 @@ def record(package: Path, variable: str, argument: str) -> int:
 @pytest.mark.parametrize(("argument", "message"), [("data", "1 of 16384 values differ"), ("scale", "scales differ")])
 @pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.o_proj.weight"])
 def test_the_reader_finds_one_changed_number(
-    name: str, argument: str, message: str, written: Written, tmp_path: Path
+    name: str, argument: str, message: str, written: Exported, tmp_path: Path
 ) -> None:
     source, out = written("llama, shared table, rope scaling")
     shutil.copytree(out, tmp_path / "out")
@@ -336,7 +327,7 @@ def test_the_reader_finds_one_changed_number(
         compare(read(tmp_path / "out"), held(source), PACKAGE)
 
 
-def test_two_tensors_in_each_others_place_are_found(written: Written) -> None:
+def test_two_tensors_in_each_others_place_are_found(written: Exported) -> None:
     source, out = written("llama, shared table, rope scaling")
     want, (k, v) = held(source), (f"model.layers.0.self_attn.{p}_proj.weight" for p in "kv")
     want[k], want[v] = want[v], want[k]
@@ -346,7 +337,7 @@ def test_two_tensors_in_each_others_place_are_found(written: Written) -> None:
 
 @pytest.mark.parametrize("file", [SPEC, WEIGHTS])
 def test_a_damaged_package_is_refused_in_one_sentence_or_read_but_never_crashes(
-    file: Path, written: Written, tmp_path: Path
+    file: Path, written: Exported, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(written("qwen2 untied")[1], out)
@@ -366,7 +357,7 @@ def test_a_damaged_package_is_refused_in_one_sentence_or_read_but_never_crashes(
     assert refused >= 30
 
 
-def test_a_package_without_its_weights_and_another_kind_of_model_are_refused(written: Written, tmp_path: Path) -> None:
+def test_a_package_without_its_weights_and_another_kind_of_model_are_refused(written: Exported, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(written("qwen2 untied")[1], out)
     (out / PACKAGE / WEIGHTS).unlink()
@@ -378,7 +369,7 @@ def test_a_package_without_its_weights_and_another_kind_of_model_are_refused(wri
         open_directory(out, None)
 
 
-def test_a_program_with_another_operation_is_refused_before_it_runs(written: Written) -> None:
+def test_a_program_with_another_operation_is_refused_before_it_runs(written: Exported) -> None:
     from gori.export.coreml_run import Interpreter
 
     program = read_program(written("qwen2 untied")[1] / PACKAGE)

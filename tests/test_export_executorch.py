@@ -31,7 +31,7 @@ from gori.quantize.rtn import round_to_nearest
 from gori.quantize.schemes import SCHEMES
 from gori.quantized import EMBEDDING, HEAD
 from gori.runtime.session import open_session
-from students import CHUNK, CONTEXT, LLAMA, LLAMA3, Case, of, write_checkpoint
+from students import CHUNK, CONTEXT, LLAMA, LLAMA3, Case, Exported, each_once, of, write_checkpoint
 
 CASES = {
     "llama, shared table, rope scaling": Case(of("llama", rope_scaling=LLAMA3), "w4a8-g32"),
@@ -43,23 +43,14 @@ CASES = {
 }
 
 
-Exported = Callable[[str], tuple[Path, Path]]
+def make(source: Path, out: Path) -> None:
+    export("executorch", source, out, context=CONTEXT, chunk=CHUNK, prompts=[[5, 6, 7]])
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Case name → (checkpoint, exported directory), each made once."""
-    root, made = tmp_path_factory.mktemp("executorch"), dict[str, tuple[Path, Path]]()
-
-    def once(name: str) -> tuple[Path, Path]:
-        if name not in made:
-            source = write_checkpoint(CASES[name], root / f"{len(made)}")
-            out = root / f"{len(made)}.et"
-            export("executorch", source, out, context=CONTEXT, chunk=CHUNK, prompts=[[5, 6, 7]])
-            made[name] = (source, out)
-        return made[name]
-
-    return once
+    return each_once(tmp_path_factory.mktemp("executorch"), CASES, make)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -35,7 +35,7 @@ from gori.runtime import gguf as runtime
 from gori.runtime.eager import session_of, special_ids
 from gori.runtime.session import open_session
 from gori.targets import TARGETS
-from students import CHUNK, CONTEXT, LLAMA, LLAMA3, Case, of, write_checkpoint
+from students import CHUNK, CONTEXT, LLAMA, LLAMA3, Case, Exported, each_once, of, write_checkpoint
 
 ROW = TARGETS["gguf"]
 CASES = {
@@ -59,25 +59,14 @@ def write(source: Path, out: Path, context: int = CONTEXT) -> Path:
     return out
 
 
-Written = Callable[[str], tuple[Path, Path]]
-
-
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
+def written(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Case name → (checkpoint, directory of model.gguf), each made once."""
-    root, made = tmp_path_factory.mktemp("gguf"), dict[str, tuple[Path, Path]]()
-
-    def get(name: str) -> tuple[Path, Path]:
-        if name not in made:
-            source = write_checkpoint(CASES[name], root / f"{len(made)}")
-            made[name] = (source, write(source, root / f"{len(made)}.gguf"))
-        return made[name]
-
-    return get
+    return each_once(tmp_path_factory.mktemp("gguf"), CASES, write)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_llama_cpp_gives_the_checkpoints_logits_within_their_noise_floor(case: str, written: Written) -> None:
+def test_llama_cpp_gives_the_checkpoints_logits_within_their_noise_floor(case: str, written: Exported) -> None:
     source, out = written(case)
     prompts = parity.default_prompts(200, CONTEXT, CHUNK, seed=7)
     session = open_session(out)
@@ -88,7 +77,7 @@ def test_llama_cpp_gives_the_checkpoints_logits_within_their_noise_floor(case: s
     assert not session.info.log_probabilities
 
 
-def test_the_gap_to_the_plain_model_is_llama_cpps_rounding_of_inputs_and_nothing_else(written: Written) -> None:
+def test_the_gap_to_the_plain_model_is_llama_cpps_rounding_of_inputs_and_nothing_else(written: Exported) -> None:
     source, out = written("llama, heads wider than the model")
     prompts = [[i] for i in range(0, 200, 5)]
 
@@ -144,7 +133,7 @@ def test_every_scheme_of_the_table_is_read_back_and_looked_up(table: str, tmp_pa
 
 
 @pytest.mark.parametrize("case", ["llama, shared table, rope scaling", "qwen3, tied but apart, mixed"])
-def test_ggufs_own_reader_finds_the_dequantized_weights(case: str, written: Written) -> None:
+def test_ggufs_own_reader_finds_the_dequantized_weights(case: str, written: Exported) -> None:
     source, out = written(case)
     tensors = {t.name: t for t in gguf.GGUFReader(out / "model.gguf").tensors}
     w = read_weights(source)
@@ -155,7 +144,7 @@ def test_ggufs_own_reader_finds_the_dequantized_weights(case: str, written: Writ
         np.testing.assert_array_equal(dequantize(t.data, t.tensor_type), w.integers[name].dequantize().numpy())
 
 
-def test_a_shared_table_is_stored_once_and_the_file_has_no_waste(written: Written) -> None:
+def test_a_shared_table_is_stored_once_and_the_file_has_no_waste(written: Exported) -> None:
     source, out = written("llama, shared table, rope scaling")
     w = read_weights(source)
     floats = sum(t.numel() * 4 for t in w.floats.values())
@@ -164,7 +153,7 @@ def test_a_shared_table_is_stored_once_and_the_file_has_no_waste(written: Writte
     assert (out / "model.gguf").stat().st_size < packed + floats + 200 * 17 + 2500
 
 
-def test_the_same_checkpoint_gives_the_same_bytes(written: Written, tmp_path: Path) -> None:
+def test_the_same_checkpoint_gives_the_same_bytes(written: Exported, tmp_path: Path) -> None:
     source, out = written("qwen3, tied but apart, mixed")
     assert (write(source, tmp_path / "again") / "model.gguf").read_bytes() == (out / "model.gguf").read_bytes()
 
@@ -177,7 +166,7 @@ def test_the_driver_proves_an_export_and_verifies_with_the_engine(tmp_path: Path
     assert json.loads((tmp_path / "out" / "parity.json").read_text())["executed"] is True
 
 
-def test_the_session_knows_what_the_file_says(written: Written) -> None:
+def test_the_session_knows_what_the_file_says(written: Exported) -> None:
     _, out = written("qwen2 untied")
     info = open_session(out / "model.gguf").info
     assert (info.engine, info.vocab_size, info.context, info.chunk) == ("llama.cpp", 200, CONTEXT, CHUNK)
@@ -185,7 +174,7 @@ def test_the_session_knows_what_the_file_says(written: Written) -> None:
     assert open_session(out, threads=2).info.threads == 2
 
 
-def test_a_closed_session_is_refused(written: Written) -> None:
+def test_a_closed_session_is_refused(written: Exported) -> None:
     session = open_session(written("llama float")[1])
     assert isinstance(session, runtime.GgufSession)
     session.close()
@@ -193,7 +182,7 @@ def test_a_closed_session_is_refused(written: Written) -> None:
         session.decode(8)
 
 
-def test_a_running_session_needs_no_torch(written: Written) -> None:
+def test_a_running_session_needs_no_torch(written: Exported) -> None:
     out = written("qwen2 untied")[1]
     code = (
         "import sys; from gori.runtime.session import open_session; import gori.export.gguf_read as r; "
@@ -261,20 +250,20 @@ FLIPS = {
 
 
 @pytest.mark.parametrize("flip", FLIPS)
-def test_the_reader_finds_one_changed_number(flip: str, written: Written, tmp_path: Path) -> None:
+def test_the_reader_finds_one_changed_number(flip: str, written: Exported, tmp_path: Path) -> None:
     source, out = written("llama, shared table, rope scaling")
     tensor, byte, message = FLIPS[flip]
     with pytest.raises(GoriError, match=message):
         compare(gguf_read.read(changed(out, tmp_path, tensor, byte)), wanted(read_weights(source)), "model.gguf")
 
 
-def test_repeated_scales_that_differ_are_refused(written: Written, tmp_path: Path) -> None:
+def test_repeated_scales_that_differ_are_refused(written: Exported, tmp_path: Path) -> None:
     out = changed(written("qwen2 untied")[1], tmp_path, "blk.0.attn_v.weight", 34)
     with pytest.raises(GoriError, match=r"blocks of blk.0.attn_v.weight that share a scale hold different ones"):
         gguf_read.read(out)
 
 
-def test_damaged_files_are_refused_in_a_sentence_or_read(written: Written, tmp_path: Path) -> None:
+def test_damaged_files_are_refused_in_a_sentence_or_read(written: Exported, tmp_path: Path) -> None:
     data = (written("llama, shared table, rope scaling")[1] / "model.gguf").read_bytes()
     rng, refused = random.Random(0), list[str]()
     head = data.rfind(b"rope_freqs.weight") + 40
@@ -303,7 +292,7 @@ ENDED = {
 
 @pytest.mark.parametrize("flip", ENDED)
 def test_a_flipped_bit_over_which_llama_cpp_ends_the_process_is_refused_before(
-    flip: str, written: Written, tmp_path: Path
+    flip: str, written: Exported, tmp_path: Path
 ) -> None:
     data = bytearray((written("llama, shared table, rope scaling")[1] / "model.gguf").read_bytes())
     name, behind, bit, message = ENDED[flip]
@@ -313,7 +302,7 @@ def test_a_flipped_bit_over_which_llama_cpp_ends_the_process_is_refused_before(
         open_session(tmp_path)
 
 
-def test_a_file_that_gori_did_not_write_is_run_as_it_says_of_itself(written: Written, tmp_path: Path) -> None:
+def test_a_file_that_gori_did_not_write_is_run_as_it_says_of_itself(written: Exported, tmp_path: Path) -> None:
     out = written("qwen2 untied")[1]
     data = (out / "model.gguf").read_bytes()
     (tmp_path / "other.gguf").write_bytes(data.replace(b"gori.context", b"else.context"))
@@ -333,7 +322,7 @@ def test_a_foreign_file_is_refused(content: bytes, message: str, tmp_path: Path)
             opened(tmp_path)
 
 
-def test_a_file_that_llama_cpp_does_not_load_is_refused_with_its_reason(written: Written, tmp_path: Path) -> None:
+def test_a_file_that_llama_cpp_does_not_load_is_refused_with_its_reason(written: Exported, tmp_path: Path) -> None:
     data = (written("qwen2 untied")[1] / "model.gguf").read_bytes()
     (tmp_path / "model.gguf").write_bytes(data.replace(b"blk.0.ffn_gate.weight", b"blk.0.ffn_gale.weight"))
     with pytest.raises(GoriError, match=r"loads \(tensor 'blk.0.ffn_gate.weight' not found\): export it again"):

@@ -27,7 +27,7 @@ from gori.runtime import litert_lm as runtime_lm
 from gori.runtime.litert import choose_length
 from gori.runtime.session import Snapshot, open_session
 from gori.targets import TARGETS
-from students import CHUNK, CONTEXT, LLAMA, LLAMA3, Case, of, write_checkpoint
+from students import CHUNK, CONTEXT, LLAMA, LLAMA3, Case, Exported, each_once, of, write_checkpoint
 
 CASES = {
     "llama, shared table, rope scaling": Case(of("llama", layers=2, rope_scaling=LLAMA3), "w4a8-g32"),
@@ -41,23 +41,15 @@ LINEARS, TABLES = TARGETS["litert"].linears, TARGETS["litert"].tables
 PAIRS = [(LINEARS[i % len(LINEARS)], TABLES[i]) for i in range(len(TABLES))]
 """Every scheme that the row in TARGETS names, of linears and of tables."""
 
-Exported = Callable[[str], tuple[Path, Path]]
+
+def make(source: Path, out: Path) -> None:
+    export("litert", source, out, context=CONTEXT, chunk=CHUNK)
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Case name → (checkpoint, exported directory), each made once."""
-    root, made = tmp_path_factory.mktemp("litert"), dict[str, tuple[Path, Path]]()
-
-    def once(name: str) -> tuple[Path, Path]:
-        if name not in made:
-            source = write_checkpoint(CASES[name], root / f"{len(made)}")
-            out = root / f"{len(made)}.litert"
-            export("litert", source, out, context=CONTEXT, chunk=CHUNK)
-            made[name] = (source, out)
-        return made[name]
-
-    return once
+    return each_once(tmp_path_factory.mktemp("litert"), CASES, make)
 
 
 def write(source: Path, out: Path) -> Weights:

@@ -26,7 +26,7 @@ from gori.runtime.generate import generate
 from gori.runtime.litert import open_litert
 from gori.runtime.litert_lm import open_bundle
 from gori.runtime.session import open_session
-from gori.tokenizer import Tokenizer
+from gori.tokenizer import Tokenizer, copy_files
 from students import CONTEXT, LLAMA
 
 END = (1,)
@@ -212,6 +212,7 @@ def test_a_list_of_named_templates_is_bundled_as_its_default(bundle: tuple[Path,
     config = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
     (source / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": named}))
     (tmp_path / "out").mkdir()
+    copy_files(source, tmp_path / "out")
     litert.write(read_weights(source), tmp_path / "out", Options(source, 64, 32, None, END))
     assert (tmp_path / "out" / BUNDLE).read_bytes() == (bundle[1] / BUNDLE).read_bytes()
     read(tmp_path / "out")
