@@ -230,13 +230,19 @@ def read_config(directory: Path) -> ModelConfig:
     return config_from_hf(read_object(directory / "config.json"), directory / "config.json")
 
 
-def load(directory: Path, dtype: torch.dtype = torch.float32) -> Decoder:
-    """Read a Hugging Face folder into a decoder; every missing, spare or misshapen tensor is named."""
+def load(directory: Path, dtype: torch.dtype = torch.float32, mapped: bool = False) -> Decoder:
+    """Read a Hugging Face folder into a decoder; every missing, spare or misshapen tensor is named.
+
+    `mapped`: weights that are stored in `dtype` stay views of the file, which the system reads when they are used and
+    may drop again: a model need not fit into memory. The file must not change meanwhile, nor the weights.
+    """
     cfg = read_config(directory)
-    return load_tensors(cfg, read_tensors(directory), directory, dtype)
+    return load_tensors(cfg, read_tensors(directory), directory, dtype, mapped)
 
 
-def load_tensors(cfg: ModelConfig, raw: dict[str, Tensor], directory: Path, dtype: torch.dtype) -> Decoder:
+def load_tensors(
+    cfg: ModelConfig, raw: dict[str, Tensor], directory: Path, dtype: torch.dtype, mapped: bool = False
+) -> Decoder:
     """Fill a decoder of shape `cfg` from tensors under their Hugging Face names."""
     tensors = {k.removeprefix("model."): v for k, v in _stack_experts(raw, cfg).items()}
     if cfg.tied:
@@ -254,7 +260,7 @@ def load_tensors(cfg: ModelConfig, raw: dict[str, Tensor], directory: Path, dtyp
         if tuple(tensors[name].shape) != tuple(p.shape):
             got, want = list(tensors[name].shape), list(p.shape)
             raise GoriError(f"{directory}: {to_hf_name(name)} has shape {got}, config.json asks for {want}")
-    # copies: what safetensors gives is a view of the mapped file
-    model.load_state_dict({k: tensors[k].to(dtype, copy=True) for k in wanted}, assign=True)
+    # copies, unless asked for: what safetensors gives is a view of the mapped file
+    model.load_state_dict({k: tensors[k].to(dtype, copy=not mapped) for k in wanted}, assign=True)
     model.rope_freq = rope_frequencies(cfg)
     return model.eval()

@@ -153,10 +153,20 @@ def stage_control(run: Run) -> None:
 def stage_quantize(run: Run) -> None:
     from gori.quantize.stage import quantize
 
-    q = run.recipe.quantize
+    q, files = run.recipe.quantize, run.corpus.files
     for name in run.schemes():
         embedding = q.embedding if name == canonical(q.scheme) else None
-        quantize(run.dir("distill"), name, embedding, q.method, run.quantized_dir(name))
+        quantize(
+            run.dir("distill"),
+            name,
+            embedding,
+            q.method,
+            run.quantized_dir(name),
+            calibration=(files["train"],),
+            samples=q.samples,
+            seed=run.recipe.seed,
+            settings=q.options,
+        )
 
 
 def stage_export(run: Run) -> None:
@@ -248,11 +258,13 @@ def check(recipe: Recipe) -> None:
     """Refuse before anything is trained what a later stage would refuse."""
     from gori.distill.losses import check_terms
     from gori.export.weights import check_scheme
-    from gori.quantize.rtn import check_width
+    from gori.quantize.layout import check_width
+    from gori.quantize.methods import method, options
 
     check_terms(recipe.distill.losses)
     check_gates(recipe.gates)
     q, student = recipe.quantize, recipe.student
+    options(method(q.method), q.options)
     widths = {
         "the student's hidden_size": student.hidden_size,
         "the student's heads * head_dim": student.heads * student.head_dim,

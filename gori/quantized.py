@@ -1,8 +1,9 @@
 """The quantized checkpoint: integers and scales on disk, and eager modules that compute with exactly those.
 
 Knows how a quantized tensor is stored and used, not how its integers were chosen (that is quantize/). Layout of
-`model.safetensors`: `<weight>.q` int8 `[out, in]`, or for 4 bits uint8 `[out, in/2]`, two values a byte, low nibble
-first; `<weight>.scale` float16 `[out, groups]`. `quantization.json` says bits, group size and activations per tensor.
+`model.safetensors`: `<weight>.q` int8 `[out, in]`, or for fewer bits uint8 `[out, in * bits / 8]`, packed from the low
+bits up (4: two values a byte, low nibble first); `<weight>.scale` float16 `[out, groups]`. `quantization.json` says
+bits, group size and activations per tensor.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -67,7 +69,13 @@ class QuantizedTensor:
 
     def packed_bytes(self) -> int:
         """Bytes of the integers packed and the scales at 16 bits."""
-        return self.q.numel() * self.scheme.bits // 8 + self.scale.numel() * 2
+        return packed_bytes(tuple(self.q.shape), self.scheme)
+
+
+def packed_bytes(shape: tuple[int, int], s: TensorScheme) -> int:
+    """Bytes of a weight `[out, in]` under a scheme: integers packed row by row, scales at 16 bits."""
+    out, width = shape
+    return out * (width * s.bits // 8 + 2 * (width // s.group_size if s.group_size else 1))
 
 
 def pack_int4(q: Tensor) -> Tensor:
@@ -80,6 +88,28 @@ def unpack_int4(packed: Tensor) -> Tensor:
     """The inverse of `pack_int4`."""
     high = torch.stack((packed << 4, packed & 0xF0), dim=-1).flatten(-2).view(torch.int8)
     return high.bitwise_right_shift_(4)  # of int8: the sign comes along
+
+
+def pack(q: Tensor, bits: int) -> Tensor:
+    """int8 `[out, in]` of `bits` → as it is stored: int8 for 8 bits, else uint8 `[out, in * bits / 8]`, each row a stream
+    of bits from the lowest up; for 4 bits that is `pack_int4`."""
+    if bits == 8:
+        return q
+    if bits == 4:
+        return pack_int4(q)
+    planes = (q.numpy().view(np.uint8)[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
+    return torch.from_numpy(np.packbits(planes.reshape(len(q), -1), axis=1, bitorder="little"))
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """The inverse of `pack`: int8 `[out, in]`."""
+    if bits == 8:
+        return packed
+    if bits == 4:
+        return unpack_int4(packed)
+    flat = np.unpackbits(packed.numpy(), axis=1, bitorder="little")
+    value = (flat.reshape(len(packed), -1, bits) << np.arange(bits, dtype=np.uint8)).sum(-1, dtype=np.uint8)
+    return torch.from_numpy((value << (8 - bits)).view(np.int8) >> (8 - bits))  # of int8: the sign comes along
 
 
 def quantize_activations(x: Tensor) -> Tensor:
@@ -187,7 +217,7 @@ def save(model: Decoder, tensors: dict[str, QuantizedTensor], spec: Quantization
         if name not in spec.tensors:
             stored[name] = t
     for name, t in tensors.items():
-        stored[f"{name}.q"] = (pack_int4(t.q) if t.scheme.bits == 4 else t.q).contiguous()
+        stored[f"{name}.q"] = pack(t.q, t.scheme.bits).contiguous()
         stored[f"{name}.scale"] = t.scale.to(torch.float16).contiguous()
         if not torch.equal(stored[f"{name}.scale"].float(), t.scale):
             raise AssertionError(f"scale of {name} is not exact in float16")
@@ -219,7 +249,7 @@ def _read_tensor(raw: dict[str, Tensor], name: str, scheme: TensorScheme, direct
         q, scale = raw.pop(f"{name}.q"), raw.pop(f"{name}.scale").float()
     except KeyError as e:
         raise GoriError(f"{directory} lacks the tensor {e.args[0]} that {SCHEMA} names") from e
-    q = unpack_int4(q) if scheme.bits == 4 else q
+    q = unpack(q, scheme.bits)
     groups = q.shape[1] // scheme.group_size if scheme.group_size else 1
     if scale.shape != (q.shape[0], groups):
         raise GoriError(f"{directory}: {name}.scale has shape {list(scale.shape)}, expected {[q.shape[0], groups]}")

@@ -117,8 +117,12 @@ class Quantize(Section):
     """The scheme that is exported."""
     embedding: str | None = None
     """The embedding table's scheme; null: the linear scheme's bits and groups."""
-    method: Literal["rtn", "mse"] = "rtn"
-    """Round-to-nearest with scales that hold each group's largest weight, or that have the least squared error."""
+    method: str = "rtn"
+    """Round-to-nearest with scales that hold each group's largest weight, or any other that `gori quantize` takes."""
+    samples: int = Field(default=256, ge=1)
+    """Training rows that a method is calibrated with."""
+    options: list[str] = []
+    """Settings of the method's steps, as in gptq.damping=0.05."""
     compare: list[str] = []
     """Further schemes that are made and evaluated, not exported."""
 

@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from gori.errors import GoriError
 from gori.model import Decoder
-from gori.quantize.schemes import canonical, embedding_scheme, matching_embedding, scheme
-from gori.quantized import EMBEDDING, HEAD, Quantization, QuantizedTensor, TensorScheme, quantizable
+from gori.quantize.layout import check_width, layout, weight_of
+from gori.quantized import Quantization, QuantizedTensor, TensorScheme
 
 
 def portable(scale: Tensor) -> Tensor:
     """Round float32 scales to the nearest value that bfloat16 and float16 both hold exactly: a bfloat16 mantissa inside
     float16's normal range [2^-14, 65280]. XNNPACK keeps block scales in bfloat16; GGUF, Core ML, LiteRT in float16."""
     return scale.clamp(2.0**-14, 65280.0).to(torch.bfloat16).float()
-
-
-def check_width(width: int, s: TensorScheme, name: str) -> None:
-    """Refuse a layer whose inputs the scheme's groups do not divide."""
-    if s.group_size and width % s.group_size:
-        divisors = [d for d in range(1, width + 1) if width % d == 0]
-        raise GoriError(
-            f"group size {s.group_size} does not divide in_features {width} of {name}: "
-            f"its divisors are {', '.join(map(str, divisors))}; choose such a width or a scheme ending in -channel"
-        )
-    if s.bits == 4 and width % 2:
-        raise GoriError(f"in_features {width} of {name} is odd and int4 is stored in pairs: choose an 8-bit scheme")
 
 
 METHODS: dict[str, tuple[float, ...]] = {
@@ -68,34 +57,22 @@ def round_to_nearest(
 def rtn(
     model: Decoder, scheme_name: str, embedding: str | None = None, method: str = "rtn"
 ) -> tuple[dict[str, QuantizedTensor], Quantization]:
-    """Quantize every linear of a float decoder by round-to-nearest, the embedding by its own scheme; `method` is one of
-    METHODS.
+    """Quantize every linear of a float decoder by round-to-nearest, the embedding by its own scheme (see `layout`);
+    `method` is one of METHODS."""
+    spec = replace(layout(model, scheme_name, embedding), method=method)
+    return nearest(model, spec, METHODS[method]), spec
 
-    `embedding=None` takes the linear scheme's bits and groups. A tied head shares the embedding's integers where bits
-    and groups agree, and is quantized like a linear, apart, where they do not.
-    """
-    scheme_name = canonical(scheme_name)
-    s, embedding = scheme(scheme_name), embedding or matching_embedding(scheme_name)
-    e = embedding_scheme(embedding)
-    factors = METHODS[method]
-    tensors = {n: round_to_nearest(m.weight.detach(), s, n, factors) for n, m in quantizable(model).items()}
-    table: Tensor = model.embed_tokens.weight.detach()  # type: ignore[union-attr,operator,assignment]
-    if e is not None:
-        tensors[EMBEDDING] = round_to_nearest(table, e, EMBEDDING, factors)
-    shared = model.cfg.tied and e is not None and (e.bits, e.group_size) == (s.bits, s.group_size)
-    if not shared:
-        head: Tensor = table if model.cfg.tied else model.lm_head.weight.detach()  # type: ignore[assignment]
-        tensors[HEAD] = round_to_nearest(head, s, HEAD, factors)
-    floats = {n: "a norm or bias: one vector" for n, p in model.named_parameters() if p.dim() == 1}
-    if e is None:
-        floats[EMBEDDING] = "--embedding float"
-    spec = Quantization(
-        scheme=scheme_name,
-        embedding=embedding,
-        method=method,
-        tensors={n: t.scheme for n, t in tensors.items()},
-        shared_head=shared,
-        head_activation_bits=s.activation_bits if shared else 16,
-        float_tensors=floats,
-    )
-    return tensors, spec
+
+def nearest(model: Decoder, spec: Quantization, factors: Sequence[float]) -> dict[str, QuantizedTensor]:
+    """Every weight of a layout, rounded to nearest."""
+    return {n: round_to_nearest(weight_of(model, n), s, n, factors) for n, s in spec.tensors.items()}
+
+
+def rtn_step(model: Decoder, spec: Quantization) -> dict[str, QuantizedTensor]:
+    """`rtn` as a step of a method (gori.quantize.methods)."""
+    return nearest(model, spec, METHODS["rtn"])
+
+
+def mse_step(model: Decoder, spec: Quantization) -> dict[str, QuantizedTensor]:
+    """`mse` as a step of a method."""
+    return nearest(model, spec, METHODS["mse"])

@@ -6,10 +6,12 @@ from gori.errors import GoriError, nearest
 from gori.quantized import TensorScheme
 
 GROUP_SIZES = {"channel": 0, "g32": 32, "g64": 64, "g128": 128}
+BITS = (2, 3, 4, 5, 6, 8)
+"""Widths of integers that a checkpoint holds; gori.targets says which a target's file holds."""
 
 SCHEMES: dict[str, TensorScheme] = {
     f"w{bits}a{activation}-{granularity}": TensorScheme(bits, group, activation)
-    for bits in (4, 8)
+    for bits in BITS
     for activation in (8, 16)
     for granularity, group in GROUP_SIZES.items()
 }
@@ -17,7 +19,7 @@ SCHEMES: dict[str, TensorScheme] = {
 
 EMBEDDINGS: dict[str, TensorScheme | None] = {
     "float": None,
-    **{f"w{bits}-{g}": TensorScheme(bits, group, 16) for bits in (4, 8) for g, group in GROUP_SIZES.items()},
+    **{f"w{bits}-{g}": TensorScheme(bits, group, 16) for bits in BITS for g, group in GROUP_SIZES.items()},
 }
 """The embedding table's schemes: rows are looked up, so there are no activations to quantize."""
 

@@ -6,9 +6,7 @@ import dataclasses
 import json
 import warnings
 from pathlib import Path
-from typing import get_args
 
-import click
 import pytest
 import torch
 from hypothesis import given
@@ -18,12 +16,10 @@ from torch import Tensor
 from gori import checkpoint, quantized
 from gori.errors import GoriError
 from gori.model import Decoder, ModelConfig
-from gori.quantize.commands import quantize as command
 from gori.quantize.rtn import METHODS, portable, round_to_nearest, rtn
 from gori.quantize.schemes import ALIASES, EMBEDDINGS, SCHEMES, canonical, embedding_scheme, matching_embedding, scheme
 from gori.quantize.stage import quantize
-from gori.quantized import EMBEDDING, HEAD, TensorScheme, pack_int4, quantize_activations, unpack_int4
-from gori.recipe import Quantize
+from gori.quantized import EMBEDDING, HEAD, TensorScheme, pack, pack_int4, quantize_activations, unpack, unpack_int4
 
 CONFIG = ModelConfig(
     kind="qwen2", vocab_size=40, hidden_size=128, layers=2, heads=4, kv_heads=2, head_dim=32, intermediate_size=128,
@@ -95,12 +91,6 @@ def test_searched_scales_lose_less_of_normal_weights_in_4_bits_and_the_method_is
     assert lost["mse"] < 0.9 * lost["rtn"]  # 12 to 15 % less for groups of 32 normal weights
 
 
-def test_recipe_and_command_offer_the_methods_that_there_are() -> None:
-    (option,) = (p for p in command.params if p.name == "method")
-    assert isinstance(option.type, click.Choice)
-    assert get_args(Quantize.model_fields["method"].annotation) == tuple(option.type.choices) == tuple(METHODS)
-
-
 @given(st.floats(0, 1e6, width=32) | st.floats(0, 2.0**-10, width=32))
 def test_a_portable_scale_is_exact_in_bfloat16_and_in_float16_and_near_the_one_asked_for(value: float) -> None:
     x = torch.tensor([value])
@@ -120,6 +110,19 @@ def test_int4_is_packed_two_a_byte_low_nibble_first(rows: int, pairs: int, seed:
     assert torch.equal(unpack_int4(packed), q)
     low, high = int(packed[0, 0]) & 15, int(packed[0, 0]) >> 4
     assert [low - 16 * (low > 7), high - 16 * (high > 7)] == q[0, :2].tolist()
+
+
+@given(st.sampled_from([2, 3, 4, 5, 6, 8]), st.integers(1, 5), st.integers(1, 5), st.integers(0, 999))
+def test_integers_of_any_width_are_packed_without_a_bit_to_spare(bits: int, rows: int, eights: int, seed: int) -> None:
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
+    q = torch.randint(low, high, (rows, 8 * eights), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
+    packed = pack(q, bits)
+    assert packed.numel() * 8 == q.numel() * bits
+    assert torch.equal(unpack(packed, bits), q)
+    # one long number for each row, the first value in its lowest bits
+    as_number = int.from_bytes(packed[0].numpy().tobytes(), "little")
+    values = [(as_number >> (bits * i)) % 2**bits for i in range(8 * eights)]
+    assert values == [int(v) % 2**bits for v in q[0]]
 
 
 def test_int4_of_group_32_is_ggufs_q4_0_and_int8_its_q8_0() -> None:
