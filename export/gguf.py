@@ -1,8 +1,9 @@
 """A checkpoint's integers to one .gguf for llama.cpp.
 
-Symmetric 4 bits in groups of 32 are Q4_0, 8 bits Q8_0; a scale of more than 32 inputs is repeated for every block of
-32, and the group's size is written beside, so that the reader (gori.export.gguf_read) can give back what the checkpoint
-held. Knows llama.cpp's names and layouts; the tokenizer is gori.export.gguf_vocab's. Nothing is quantized here.
+Symmetric 4 bits in groups of 32 are Q4_0, 5 bits Q5_0, 8 bits Q8_0; a scale of more than 32 inputs is repeated for
+every block of 32, and the group's size is written beside, so that the reader (gori.export.gguf_read) can give back what
+the checkpoint held. Knows llama.cpp's names and layouts; the tokenizer is gori.export.gguf_vocab's. Nothing is
+quantized here.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from gori.quantized import QuantizedTensor
 
 GGUF = "model.gguf"
 BLOCK = 32
-"""Inputs that share a scale in Q4_0 and Q8_0."""
-F32, KINDS = 0, {4: 2, 8: 8}
-"""ggml's numbers of float32, and of Q4_0 and Q8_0 by bits."""
-BLOCK_BYTES = {4: 18, 8: 34}
-FILE_TYPES = {32: 0, 4: 2, 8: 7}
+"""Inputs that share a scale in Q4_0, Q5_0 and Q8_0."""
+F32, KINDS = 0, {4: 2, 5: 6, 8: 8}
+"""ggml's numbers of float32, and of Q4_0, Q5_0 and Q8_0 by bits."""
+BLOCK_BYTES = {4: 18, 5: 22, 8: 34}
+FILE_TYPES = {32: 0, 4: 2, 5: 8, 8: 7}
 """Bits of most weights → general.file_type."""
 QUANTIZATION_VERSION = 2
 MODULES = {
@@ -177,16 +178,19 @@ def neighbours(a: NDArray[Any], heads: int) -> NDArray[Any]:
 
 def blocks(q: NDArray[np.int8], scale: NDArray[np.float32], bits: int) -> NDArray[np.uint8]:
     """int8 `[out, in]` and float32 scales `[out, groups]` → uint8 `[out, in / 32, bytes of a block]`: a float16 scale,
-    then 32 bytes, or 16 whose low nibbles are the first half of the block plus 8 and whose high ones the second."""
+    then 32 bytes, or 16 whose low nibbles are the first half of the block plus 8 and whose high ones the second. Of 5
+    bits, 4 bytes with everyone's highest bit stand before these 16, and 16 is added in place of 8."""
     out, width = q.shape
     count = width // BLOCK
     half = scale.astype("<f2")
     assert np.array_equal(half.astype(np.float32), scale), "scales are exact in float16"
     d = np.repeat(half, count // scale.shape[1], axis=1)[..., None].view(np.uint8)
     body = q.reshape(out, count, BLOCK)
-    if bits == 4:
-        u = (body + 8).astype(np.uint8)
-        body = u[..., : BLOCK // 2] | u[..., BLOCK // 2 :] << 4
+    if bits < 8:
+        u = (body + 2 ** (bits - 1)).astype(np.uint8)
+        body = u[..., : BLOCK // 2] & 15 | u[..., BLOCK // 2 :] << 4
+        if bits == 5:
+            body = np.concatenate((np.packbits(u >> 4, axis=-1, bitorder="little"), body), axis=-1)
     return np.concatenate((d, body.view(np.uint8)), axis=-1)
 
 

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from gori.errors import GoriError
 from gori.export.contents import Found
-from gori.runtime.gguf_header import F32, Q4_0, Q8_0, Header, TensorPlace, read_header
+from gori.runtime.gguf_header import F32, Q4_0, Q5_0, Q8_0, Header, TensorPlace, read_header
 
 GGUF = "model.gguf"
 BLOCK, SCALE_BYTES = 32, 2
-BITS = {Q4_0: 4, Q8_0: 8}
+BITS = {Q4_0: 4, Q5_0: 5, Q8_0: 8}
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 PARTS = {
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
@@ -92,14 +92,18 @@ def _count(place: TensorPlace) -> int:
 def _blocks(data: mmap.mmap, place: TensorPlace) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """int8 `[out, in]` and float32 scales `[out, in / 32]`."""
     out, width = place.shape
-    size = SCALE_BYTES + (BLOCK // 2 if place.kind == Q4_0 else BLOCK)
+    size = SCALE_BYTES + BLOCK * BITS[place.kind] // 8
     raw = np.frombuffer(data, np.uint8, _count(place) // BLOCK * size, place.offset).reshape(-1, size)
     scale = np.ascontiguousarray(raw[:, :SCALE_BYTES]).view("<f2").astype(np.float32).reshape(out, -1)
     body = raw[:, SCALE_BYTES:]
     if place.kind == Q8_0:
         weight = body.copy().view(np.int8)
     else:
-        weight = np.concatenate((body & 15, body >> 4), axis=1).astype(np.int8) - np.int8(8)
+        high, nibbles = body[:, : -BLOCK // 2], body[:, -BLOCK // 2 :]
+        weight = np.concatenate((nibbles & 15, nibbles >> 4), axis=1).astype(np.int8)
+        if place.kind == Q5_0:
+            weight |= (np.unpackbits(high, axis=1, bitorder="little") << 4).view(np.int8)
+        weight -= np.int8(2 ** (BITS[place.kind] - 1))
     return weight.reshape(out, width), scale
 
 

@@ -22,7 +22,7 @@ BETA, GROWTH = 10.0, 1.01
 
 
 def shrunk(x: Tensor, beta: Tensor, norm: float) -> Tensor:
-    """The minimiser over e of |e|^p + beta/2 (x - e)², by the generalised soft threshold that the paper takes (eq. 5)."""
+    """The minimiser over e of |e|^p + beta/2 (x - e)², by the generalised soft threshold that the article takes."""
     size = x.abs()
     return x.sign() * (size - size.clamp_min(1e-12).pow(norm - 1) * (norm / beta)).clamp_min(0)
 

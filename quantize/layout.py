@@ -35,7 +35,7 @@ def layout(model: Decoder, scheme_name: str, embedding: str | None = None) -> Qu
 
 
 def mixed(model: Decoder, name: str, tensors: Mapping[str, TensorScheme]) -> Quantization:
-    """A layout from a scheme for each weight's name; without an entry for a tied head it shares the table's integers."""
+    """A layout from a scheme for each weight's name; a tied head without an entry shares the table's integers."""
     shared = model.cfg.tied and HEAD not in tensors and EMBEDDING in tensors
     table = tensors.get(EMBEDDING)
     embedding = "float" if table is None else matching_embedding_of(table)

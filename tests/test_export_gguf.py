@@ -45,6 +45,9 @@ CASES = {
     "qwen3, tied but apart, mixed": Case(
         of("qwen3", layers=2), "w4a8-channel", "w8-g32", {"q_proj": "w4a8-g64", "down_proj": "w8a8-g128"}
     ),
+    "qwen3, five bits": Case(
+        of("qwen3", layers=2), "w5a16-g32", "w5-g64", {"k_proj": "w4a16-g32", "up_proj": "w8a16-g32"}
+    ),
     "qwen2, float table": Case(of("qwen2"), "w4a16-g128", "float"),
     "llama float": Case(of("llama", rope_scaling=LLAMA3, tied=False), "float"),
     "qwen3 float": Case(of("qwen3"), "float"),

@@ -53,7 +53,8 @@ def test_every_step_is_there_and_names_what_may_be_set() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [("gptq.dampin=1", "gptq takes no 'dampin': did you mean 'damping'"), ("awq.x=1", "has no step 'awq'"),
-     ("gptq.damping=x", "expected float"), ("gptq.act_order=yes", "expected true or false"), ("damping=1", "STEP.NAME")],
+     ("gptq.damping=x", "expected float"), ("gptq.act_order=yes", "expected true or false"),
+     ("damping=1", "STEP.NAME")],
 )  # fmt: skip
 def test_an_option_that_no_step_takes_is_refused(text: str, message: str) -> None:
     with pytest.raises(GoriError, match=message):
