@@ -20,6 +20,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "teacher": ("gori.teacher.commands:teacher", "Train a mixture-of-experts teacher."),
     "distill": ("gori.distill.commands:distill", "Pour a dense student out of a teacher."),
     "quantize": ("gori.quantize.commands:quantize", "Integers and scales, once, for every target."),
+    "sweep": (
+        "gori.quantize.sweep_commands:sweep",
+        "Many schemes and methods, measured on the real engine; the best for a budget.",
+    ),
     "export": (
         "gori.export.commands:export_command",
         "Carry the integers into a target's file and prove it by running.",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from gori.calls import Call, CallError, Function, parse, same_calls
-from gori.data import Conversation, encode, prompt_ids
+from gori.data import Conversation, prompt_ids
 from gori.errors import GoriError
 from gori.tokenizer import Tokenizer
 
@@ -135,22 +135,8 @@ def _share(rows: Sequence[Scored]) -> float:
     return sum(s.exact for s in rows) / len(rows) if rows else 0.0
 
 
-def answer_logits(engine: Engine, c: Conversation, tokenizer: Tokenizer) -> np.ndarray:
-    """Teacher-forced float32 logits `[answer tokens, V]` of a row's wanted answer."""
-    ids, prompt = encode(c, tokenizer).ids, prompt_ids(c, tokenizer)
-    engine.reset()
-    rows = [engine.prefill(prompt)]
-    rows += [engine.decode(t) for t in ids[len(prompt) : -1]]
-    return np.stack(rows)
-
-
-def divergence(logits: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """KL(reference || model) in nats for each row of two logit arrays `[N, V]`, in float64."""
-    p, q = _log_softmax(reference), _log_softmax(logits)
-    return (np.exp(p) * (p - q)).sum(-1)
-
-
-def _log_softmax(x: np.ndarray) -> np.ndarray:
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    """Log-probabilities `[…, V]` of logits, in float64."""
     y = x.astype(np.float64)
     y -= y.max(-1, keepdims=True)
     return y - np.log(np.exp(y).sum(-1, keepdims=True))

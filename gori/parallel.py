@@ -31,8 +31,10 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def together(jobs: Sequence[Job], share: int) -> None:
+def together(jobs: Sequence[Job], share: int, at_once: int | None = None) -> None:
     """Run jobs at once, one process of `share` cores each; on a single core one after the other, here.
+
+    `at_once` processes take more jobs than that one after the other.
 
     The first error is raised when all have ended, so that what the others did is kept. A job's process ends with its
     parent, even if that is killed.
@@ -44,7 +46,7 @@ def together(jobs: Sequence[Job], share: int) -> None:
     context = multiprocessing.get_context("spawn")
     errors: list[BaseException] = []
     start = (os.getpid(), share)
-    with ProcessPoolExecutor(len(jobs), mp_context=context, initializer=_begin, initargs=start) as pool:
+    with ProcessPoolExecutor(at_once or len(jobs), mp_context=context, initializer=begin, initargs=start) as pool:
         for done in as_completed([pool.submit(run, *arguments) for run, arguments in jobs]):
             if error := done.exception():
                 errors.append(error)
@@ -52,7 +54,7 @@ def together(jobs: Sequence[Job], share: int) -> None:
         raise errors[0]
 
 
-def _begin(parent: int, share: int) -> None:
+def begin(parent: int, share: int) -> None:
     """Before a job's imports: its cores, plain log lines, and an end when the parent ends."""
     global _share
     _share = share

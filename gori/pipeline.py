@@ -151,11 +151,14 @@ def stage_control(run: Run) -> None:
 
 
 def stage_quantize(run: Run) -> None:
+    from gori.quantize.mix import mix_of
     from gori.quantize.stage import quantize
 
     q, files = run.recipe.quantize, run.corpus.files
     for name in run.schemes():
-        embedding = q.embedding if name == canonical(q.scheme) else None
+        exported = name == canonical(q.scheme)
+        embedding = q.embedding if exported else None
+        mix = mix_of(q.mix, name, embedding, q.bits_per_weight, None) if q.mix and exported else None
         quantize(
             run.dir("distill"),
             name,
@@ -166,6 +169,7 @@ def stage_quantize(run: Run) -> None:
             samples=q.samples,
             seed=run.recipe.seed,
             settings=q.options,
+            mix=mix,
         )
 
 
@@ -265,6 +269,10 @@ def check(recipe: Recipe) -> None:
     check_gates(recipe.gates)
     q, student = recipe.quantize, recipe.student
     options(method(q.method), q.options)
+    if q.mix or q.bits_per_weight:
+        from gori.quantize.mix import mix_of
+
+        mix_of(q.mix or "", q.scheme, q.embedding, q.bits_per_weight, None)
     widths = {
         "the student's hidden_size": student.hidden_size,
         "the student's heads * head_dim": student.heads * student.head_dim,

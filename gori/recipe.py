@@ -123,6 +123,10 @@ class Quantize(Section):
     """Training rows that a method is calibrated with."""
     options: list[str] = []
     """Settings of the method's steps, as in gptq.damping=0.05."""
+    mix: str | None = None
+    """Mixed precision for the scheme that is exported: a target whose schemes are mixed, or schemes with commas."""
+    bits_per_weight: float | None = Field(default=None, gt=1)
+    """Budget of `mix`, scales included."""
     compare: list[str] = []
     """Further schemes that are made and evaluated, not exported."""
 

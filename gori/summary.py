@@ -10,14 +10,19 @@ from typing import Any
 
 from gori.artifact import MANIFEST, read_manifest
 from gori.calls import CallError, Function, parse, read_tools, same_calls
+from gori.errors import GoriError
 from gori.recipe import Recipe
+from gori.statistics import LEVEL, Paired, as_list, kept_interval, mcnemar, pair, proportion_interval, worst_interval
 from gori.targets import TARGETS, answering
+
+LANGUAGES = ("ko", "en")
+"""What a row's language may be."""
 
 
 def split_entry(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """`{"exact", "n", "ko", "en"}` of answered rows; a language's share only where it has rows."""
     out: dict[str, Any] = {"exact": _share(rows), "n": len(rows)}
-    for language in ("ko", "en"):
+    for language in LANGUAGES:
         some = [r for r in rows if r["language"] == language]
         if some:
             out[language] = _share(some)
@@ -47,6 +52,58 @@ def agreement(
 ) -> float:
     """Share of rows on which two models give the same call (or, where neither parses, the same text)."""
     return sum(_same(x["answer"], y["answer"], functions) for x, y in zip(a, b, strict=True)) / len(a)
+
+
+def fidelity(
+    answers: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]], level: float = LEVEL
+) -> dict[str, Any]:
+    """Exact calls of a model beside a reference's on the same rows, with intervals; see gori.statistics.
+
+    `kept` is exact(model) / exact(reference), `calls` that of the worse language. A language in which the reference is
+    exact on no row has None and is passed over by `calls`. GoriError where the rows differ.
+    """
+    if [a["utterance"] for a in answers] != [r["utterance"] for r in reference]:
+        raise GoriError("the two models answered different rows: compare answers to the same rows in the same order")
+    alone, all_rows = exactness(answers, level), _paired(answers, reference)
+    pairs = {
+        k: _paired(*([r for r in rows if r["language"] == k] for rows in (answers, reference)))
+        for k in alone["exact_by_language"]
+    }
+    kept = {k: p.kept for k, p in pairs.items()}
+    worst = min(((v, k) for k, v in kept.items() if v is not None), default=(None, None))
+    return {
+        **alone,
+        "kept": all_rows.kept,
+        "kept_ci": as_list(kept_interval(all_rows, level)),
+        "kept_by_language": kept,
+        "kept_by_language_ci": {k: as_list(kept_interval(p, level)) for k, p in pairs.items()},
+        "calls": worst[0],
+        "calls_ci": as_list(worst_interval(list(pairs.values()), level)),
+        "calls_language": worst[1],
+        "lost": all_rows.lost,
+        "gained": all_rows.gained,
+        "mcnemar_p": mcnemar(all_rows.lost, all_rows.gained),
+    }
+
+
+def exactness(rows: Sequence[Mapping[str, Any]], level: float = LEVEL) -> dict[str, Any]:
+    """Share of exact rows, over all and in each language that has rows, with exact intervals."""
+    parts = {k: some for k in LANGUAGES if (some := [r for r in rows if r["language"] == k])}
+    return {
+        "rows": len(rows),
+        "exact": _share(rows),
+        "exact_ci": _share_interval(rows, level),
+        "exact_by_language": {k: _share(some) for k, some in parts.items()},
+        "exact_by_language_ci": {k: _share_interval(some, level) for k, some in parts.items()},
+    }
+
+
+def _share_interval(rows: Sequence[Mapping[str, Any]], level: float) -> list[float] | None:
+    return as_list(proportion_interval(sum(bool(r["exact"]) for r in rows), len(rows), level))
+
+
+def _paired(answers: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]]) -> Paired:
+    return pair([bool(a["exact"]) for a in answers], [bool(r["exact"]) for r in reference])
 
 
 def _same(a: str, b: str, functions: Mapping[str, Function]) -> bool:

@@ -11,11 +11,12 @@ import click
 
 from gori import console
 from gori.calls import ASSISTANT, END, Call, CallError, parse
-from gori.data import Conversation, Turn, encode, prompt_ids, read_conversations
+from gori.data import Conversation, Turn, encode, prompt_ids
 from gori.errors import GoriError
 from gori.options import json_option
 
 if TYPE_CHECKING:
+    from gori.calls import Function
     from gori.runtime.session import Session
     from gori.tokenizer import Tokenizer
 
@@ -139,46 +140,73 @@ def _answer(session: Session, tokenizer: Tokenizer, end: list[int], turns: list[
     return tokenizer.decode(ids)
 
 
-@click.command("eval", epilog="Example: gori eval demo/export/executorch --data demo/data/template.jsonl --json")
+@click.command("eval", epilog="Example: gori eval demo/quantize --data demo/data/template.jsonl --against demo/distill")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--data", "data_file", required=True, type=click.Path(path_type=Path), help="Conversations, JSON Lines.")
+@click.option(
+    "--data",
+    "data_files",
+    required=True,
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Conversations, JSON Lines; several times for several splits.",
+)
 @click.option("--tools", type=click.Path(path_type=Path), help="Tools file; default: the one beside the model.")
-@click.option("--against", type=click.Path(path_type=Path), help="A reference: same calls, KL and top-1 with it.")
-@click.option("--failures", type=int, default=0, help="Print this many rows that were not exact, on stderr.")
+@click.option("--against", type=click.Path(path_type=Path), help="A reference: calls kept, flips, KL, perplexity.")
+@click.option("--gate", "gates", multiple=True, help="Exit 3 where a figure misses a bound, as in 'calls >= 0.99'.")
+@click.option("--rows", type=click.IntRange(1), help="So many of each file, drawn from a fixed seed; default: all.")
+@click.option(
+    "--failures", type=click.IntRange(0), default=0, help="Print so many rows that were not exact, on stderr."
+)
 @threads_option
 @json_option
 def evaluate_command(
     model: Path,
-    data_file: Path,
+    data_files: tuple[Path, ...],
     tools: Path | None,
     against: Path | None,
+    gates: tuple[str, ...],
+    rows: int | None,
     failures: int,
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Exact call match of MODEL (a checkpoint or an artifact) per language, by really generating every answer."""
+    """Exact call match of MODEL (a checkpoint or an artifact) per language, by really generating every answer, and how
+    far it is from a reference; shares and differences with 95 % intervals."""
     from gori.calls import read_tools
-    from gori.runtime.evaluation import compare, evaluate_model, functions_of, rounding_of
-    from gori.summary import agreement, split_entry
+    from gori.runtime import eval_report as report
+    from gori.runtime.evaluation import evaluate_model, functions_of, read_splits
 
     functions = read_tools(tools) if tools else functions_of(model)
-    rows = read_conversations(data_file, functions)
-    answers = evaluate_model(model, {data_file.stem: rows}, functions, model.name, threads)
-    body = split_entry(answers)
-    if against:
-        rounding = rounding_of(model)
-        theirs = evaluate_model(against, {data_file.stem: rows}, functions, against.name, threads, rounding)
-        body |= {"same_calls": agreement(answers, theirs, functions), **compare(model, against, rows, threads)}
+    tests = read_splits(data_files, functions, rows)
+    wanted = [report.read_gate(g) for g in gates]
+    if wanted:
+        known = [{"split": s, "language": c.language} for s, some in tests.items() for c in some]
+        report.rehearse(wanted, known, against is not None)
+    tokens, theirs = _reference(model, against, tests, functions, threads) if against else ({}, None)
+    answers = evaluate_model(model, tests, functions, model.name, threads)
+    body = report.body(answers, theirs, functions, tokens)
+    verdicts = report.judge(wanted, body)
     for a in [a for a in answers if not a["exact"]][:failures]:
         console.log(f"{a['utterance']}\n  wanted {a['wanted']}\n  got    {a['answer']}")
-    shown = "  ".join(_figure(k, v) for k, v in body.items())
-    console.result(body, as_json, f"{data_file.stem}: {shown}")
+    lines = report.gate_lines(verdicts, body["n"])
+    console.result(body | ({"gates": verdicts} if wanted else {}), as_json, report.table(body))
+    if lines and not as_json:
+        print("\n".join(lines))
+    report.refuse_missed(verdicts)
 
 
-def _figure(name: str, value: float) -> str:
-    """A figure of an evaluation; divergences are far below the fourth decimal."""
-    form = ".2e" if name.startswith("kl") else ".4f"
-    return f"{name} {value:{form}}" if isinstance(value, float) else f"{name} {value}"
+def _reference(
+    model: Path,
+    against: Path,
+    tests: dict[str, list[Conversation]],
+    functions: dict[str, Function],
+    threads: int | None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """How far the model is from the reference token by token, and the reference's answers."""
+    from gori.runtime.evaluation import compare, evaluate_model, rounding_of
+
+    tokens = compare(model, against, [c for some in tests.values() for c in some], threads)
+    return tokens, evaluate_model(against, tests, functions, against.name, threads, rounding_of(model))
 
 
 @click.command(epilog="Example: gori bench demo/export/executorch --threads 1")

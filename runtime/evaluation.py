@@ -7,23 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gori import console, evaluate
 from gori.artifact import read_object
 from gori.calls import Call, Function, read_tools, render
-from gori.data import Conversation
+from gori.data import Conversation, read_conversations
 from gori.errors import GoriError
-from gori.runtime.session import Session, find_engine, open_session
+from gori.runtime import forced
+from gori.runtime.session import find_engine, open_session
+from gori.statistics import token_fidelity
 from gori.targets import PARITY
 from gori.tokenizer import Tokenizer, eos_ids
 
+if TYPE_CHECKING:
+    from gori.model import Decoder
+
 SLICE = 50
 """Rows between two lines of progress."""
-ROWS_COMPARED = 100
-"""Rows whose teacher-forced logits are compared with a reference."""
 
 
 def is_artifact(directory: Path) -> bool:
@@ -32,21 +35,24 @@ def is_artifact(directory: Path) -> bool:
     return engine is not None and engine.name != "eager"
 
 
+def folder_of(path: Path) -> Path:
+    """Where the tokenizer and the tools of a model lie: its directory, also where its file was named."""
+    return path.parent if path.is_file() else path
+
+
 def rounding_of(directory: Path) -> str:
     """How the engine of an exported artifact rounds what a quantized linear is given; see gori.quantized.ROUNDINGS."""
-    path = Path(directory) / PARITY
+    path = folder_of(Path(directory)) / PARITY
     return str(read_object(path).get("activations", "scheme")) if path.exists() else "scheme"
 
 
 def generator(directory: Path, threads: int | None = None, rounding: str = "scheme") -> evaluate.Generate:
     """What turns prompts into greedy answers for the model in a directory; a checkpoint computes with `rounding`."""
-    end = eos_ids(directory)[0]
+    end = eos_ids(folder_of(directory))[0]
     if is_artifact(directory):
         session = open_session(directory, threads)
         return evaluate.one_by_one(session, end, session.info.context)
-    from gori import quantized
-
-    return evaluate.batched(quantized.load(directory, rounding), end)
+    return evaluate.batched(_load(directory, threads, rounding), end)
 
 
 def evaluate_model(
@@ -58,7 +64,7 @@ def evaluate_model(
     rounding: str = "scheme",
 ) -> list[dict[str, Any]]:
     """One dictionary a row: split, utterance, language, wanted and given answer, and whether they are the same call."""
-    generate, tokenizer = generator(directory, threads, rounding), Tokenizer.load(directory)
+    generate, tokenizer = generator(directory, threads, rounding), Tokenizer.load(folder_of(directory))
     todo = [(split, c) for split, conversations in tests.items() for c in conversations]
     step = SLICE if is_artifact(directory) else len(todo)  # a decoder's batches are fullest over all rows at once
     rows: list[dict[str, Any]] = []
@@ -88,45 +94,61 @@ def _plain(c: Call) -> dict[str, Any]:
     return {"name": c.name, "arguments": dict(c.arguments)}
 
 
+def read_splits(
+    files: Sequence[Path], functions: Mapping[str, Function], rows: int | None = None
+) -> dict[str, list[Conversation]]:
+    """Conversations of each file by its name without ending; with `rows` so many of each, drawn from a fixed seed and
+    left in the file's order. GoriError for a bad line and for two files of one name."""
+    out: dict[str, list[Conversation]] = {}
+    for path in files:
+        if path.stem in out:
+            raise GoriError(f"two data files are named {path.stem}: the name tells splits apart, so rename one")
+        found = read_conversations(path, functions)
+        drawn = np.random.default_rng([0, 577]).permutation(len(found))[:rows]
+        out[path.stem] = [found[i] for i in sorted(drawn)]
+    return out
+
+
 def functions_of(directory: Path) -> dict[str, Function]:
     """The tools that travel with a checkpoint or artifact."""
-    path = Path(directory) / "tools.json"
+    path = folder_of(Path(directory)) / "tools.json"
     if not path.exists():
         raise GoriError(f"{path} does not exist: a model that answers with calls carries its tools")
     return read_tools(path)
 
 
-def open_reference(reference: Path, threads: int | None, rounding: str) -> Session:
-    """A session over an artifact, or over a checkpoint that rounds as the engine does that it is compared with."""
-    if is_artifact(reference) or rounding == "scheme":
-        return open_session(reference, threads)
-    from gori import quantized
-    from gori.runtime.eager import session_of
-
-    return session_of(quantized.load(reference, rounding), reference)
-
-
 def compare(
     directory: Path, reference: Path, rows: Sequence[Conversation], threads: int | None = None
-) -> dict[str, float]:
-    """Teacher-forced agreement with a reference on the first rows' wanted answers: KL(reference || model) in nats, mean
-    and 99th percentile over answer tokens, and the share of equal top-1 tokens. A checkpoint as the reference rounds
-    activations as the artifact's engine does."""
-    model, other = open_session(directory, threads), open_reference(reference, threads, rounding_of(directory))
-    tokenizer = Tokenizer.load(directory)
-    kl, same = [], []
-    for c in rows[:ROWS_COMPARED]:
-        mine = evaluate.answer_logits(model, c, tokenizer)
-        theirs = evaluate.answer_logits(other, c, tokenizer)
-        if mine.shape != theirs.shape:
-            raise GoriError(f"{directory} and {reference} have vocabularies of {mine.shape[1]} and {theirs.shape[1]}")
-        kl.append(evaluate.divergence(mine, theirs))
-        same.append(mine.argmax(-1) == theirs.argmax(-1))
-    flat, top = np.concatenate(kl), np.concatenate(same)
-    return {
-        "kl_mean": float(flat.mean()),
-        "kl_p99": float(np.quantile(flat, 0.99)),
-        "kl_max": float(flat.max()),
-        "top1": float(top.mean()),
-        "answer_tokens": len(flat),
-    }
+) -> dict[str, Any]:
+    """Teacher-forced agreement with a reference on the rows' wanted answers: gori.statistics.token_fidelity.
+
+    A checkpoint computes in batches, an artifact by its engine; a checkpoint as the reference rounds activations as the
+    artifact's engine does. GoriError where the two do not share a tokenizer: tokens would not be comparable.
+    """
+    tokenizers = [Tokenizer.load(folder_of(d)) for d in (directory, reference)]
+    tokens = [[forced.as_row(c, t) for c in rows] for t in tokenizers]
+    different = next((c.utterance for c, a, b in zip(rows, *tokens, strict=True) if a != b), None)
+    if different is not None:
+        raise GoriError(
+            f"{directory} and {reference} cut {different!r} into different tokens: compare models of one tokenizer"
+        )
+    model, other = (_forced(d, threads, r) for d, r in ((directory, "scheme"), (reference, rounding_of(directory))))
+    found = forced.compare(model, other, tokens[0], f"compare with {reference.name}")
+    return token_fidelity(found.kl_N, found.nll_N, found.nll_reference_N, found.same_N, found.row_N)
+
+
+def _forced(directory: Path, threads: int | None, rounding: str) -> forced.Answers:
+    if is_artifact(directory):
+        return forced.engine_answers(open_session(directory, threads))
+    return forced.eager_answers(_load(directory, threads, rounding))
+
+
+def _load(directory: Path, threads: int | None, rounding: str) -> Decoder:
+    """A checkpoint's decoder; `threads` sets torch's count, which is the process's."""
+    import torch
+
+    from gori import quantized
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return quantized.load(folder_of(directory), rounding)

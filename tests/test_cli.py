@@ -103,8 +103,8 @@ def test_the_list_of_commands_is_the_table(gori: Callable[..., Outcome]) -> None
         (["quantize"], "Missing argument 'CHECKPOINT'"),
         (["quantize", "x", "--out", "y"], "Missing option '--scheme'"),
         (
-            ["quantize", "x", "--scheme", "w8a8-channel", "--out", "y", "--method", "magic"],
-            "'magic' is not one of 'rtn', 'mse'",
+            ["quantize", "x", "--scheme", "w8a8-channel", "--out", "y", "--samples", "0"],
+            "0 is not in the range x>=1",
         ),
         (["call", "x", "hi", "--threads", "0"], "0 is not in the range x>=1"),
         (["data", "incar", "--out", "y", "--rows", "3"], "3 is not in the range x>=100"),

@@ -148,14 +148,3 @@ def test_a_prompt_that_exceeds_the_context_is_refused_by_both(folder: Path) -> N
         evaluate.one_by_one(session, 5, 40)([[0] * 41])
     with pytest.raises(GoriError, match="a prompt of 41 tokens exceeds the context of 40"):
         evaluate.batched(checkpoint.load(folder), 5)([[0] * 41])
-
-
-@given(st.integers(0, 99))
-def test_divergence_is_the_kl_of_the_two_softmaxes(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    a, b = rng.normal(size=(2, 4, 7)).astype(np.float32) * 3
-    want = [
-        sum(p * np.log(p / q) for p, q in zip(softmax(y), softmax(x), strict=True)) for x, y in zip(a, b, strict=True)
-    ]
-    np.testing.assert_allclose(evaluate.divergence(a, b), want, rtol=1e-9, atol=1e-12)
-    assert (evaluate.divergence(a, a) == 0).all()

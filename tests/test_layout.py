@@ -20,8 +20,13 @@ MAY_IMPORT = {
     "export": {"teacher", "distill", "quantize", "export", "runtime"},
     "runtime": {"runtime"},
 }
-EVERYWHERE = {"gori/cli.py", "gori/pipeline.py", "gori/commands.py", "gori/__main__.py", "gori/targets.py"}
+EVERYWHERE = {
+    "gori/cli.py", "gori/pipeline.py", "gori/candidate.py", "gori/students.py", "gori/commands.py", "gori/__main__.py",
+    "gori/targets.py",
+}  # fmt: skip
 """Targets.py only names the modules of exporters and engines, as the command line's table does."""
+STUDENTS = "gori/students.py"
+"""Works with the pipeline's stages and measures files as a sweep does."""
 MODULES = sorted(p.relative_to(ROOT).as_posix() for room in ("gori", *ROOMS) for p in (ROOT / room).glob("*.py"))
 
 
@@ -52,7 +57,11 @@ def test_a_module_imports_only_what_its_arrows_allow(module: str) -> None:
     if module not in EVERYWHERE:
         assert rooms <= MAY_IMPORT[room], f"{module} imports {rooms - MAY_IMPORT[room]}"
     pipeline = any(n == "gori.pipeline" or n.startswith("gori.pipeline.") for n in names)
-    assert not pipeline or module.endswith("/commands.py"), f"{module} imports the pipeline"
+    assert not pipeline or module.endswith("/commands.py") or module == STUDENTS, f"{module} imports the pipeline"
+    candidate = any(n == "gori.candidate" or n.startswith("gori.candidate.") for n in names)
+    assert not candidate or module.endswith("commands.py") or module == STUDENTS, f"{module} imports a candidate"
+    students = any(n == "gori.students" or n.startswith("gori.students.") for n in names)
+    assert not students or module.endswith("commands.py"), f"{module} imports the sizing of students"
     cli = any(n == "gori.cli" or n.startswith("gori.cli.") for n in names)
     assert not cli or module == "gori/__main__.py", f"{module} imports the command line"
 
@@ -128,6 +137,7 @@ def loaded_by(code: str) -> set[str]:
         "import gori.evaluate, gori.summary, gori.gates, gori.incar",
         "import gori.teacher, gori.distill, gori.quantize, gori.export, gori.targets",
         "import gori.export.verify, gori.export.golden, gori.export.signing, gori.export.commands",
+        "import gori.quantize.sweep_commands, gori.quantize.journal, gori.runtime.measure",
         "import gori.export.gguf_read, gori.runtime.gguf, gori.export.litert_read, gori.runtime.litert",
         "import contextlib\nfrom gori.cli import main\nwith contextlib.suppress(SystemExit): main(['--help'])",
     ],
