@@ -214,7 +214,7 @@ def spread(jobs: Sequence[tuple[Any, tuple[Any, ...]]]) -> None:
 
 def export_random(recipe: Recipe, home: Path, s: Shape, target: str) -> None:
     """A random student of a shape, quantized as the recipe says and exported. What it costs does not depend on its
-    weights, so scales are rounded to nearest."""
+    weights, so they are rounded to nearest; but norms have to differ, since exporters keep equal ones once."""
     import torch
 
     from gori import checkpoint
@@ -225,11 +225,18 @@ def export_random(recipe: Recipe, home: Path, s: Shape, target: str) -> None:
 
     run, place = Run(recipe, home), home / "cost" / s.name
     tokenizer = run.dir("tokenizer")
-    manifest = Manifest("random", s.name, recipe.seed, asdict(s), {"tokenizer": content_hash(tokenizer)})
+    manifest = Manifest(
+        "random", s.name, recipe.seed, {**asdict(s), "norms": "random"}, {"tokenizer": content_hash(tokenizer)}
+    )
 
     def build(tmp: Path) -> None:
         generator = torch.Generator().manual_seed(recipe.seed)
-        checkpoint.save(Decoder(config_of(run, s)).initialise(generator), tmp)
+        model = Decoder(config_of(run, s)).initialise(generator)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.dim() == 1:
+                    p.add_(torch.randn(p.shape, generator=generator), alpha=0.1)
+        checkpoint.save(model, tmp)
         copy_files(tokenizer, tmp)
 
     make(place / "student", manifest, build)

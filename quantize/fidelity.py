@@ -1,4 +1,4 @@
-"""How far a model is from the float one it was made of, over a calibration set: KL, likelihood and top-1, token by token.
+"""How far a model is from the float one it was made of, over a calibration set: KL, likelihood, top-1 by token.
 
 Two decoders in memory, batched and teacher-forced; knows nothing of files or engines. Shapes: N answer tokens, V tokens
 of the vocabulary.

@@ -1,7 +1,7 @@
 """Scale search without data after HQQ: half-quadratic splitting on a loss that forgives outliers.
 
 Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models", with the scale as the unknown in
-place of the zero point, which symmetric integers do not have. Shapes in names: O outputs, G groups, i inputs of a group.
+place of the zero point, which symmetric integers do not have. Shapes: O outputs, G groups, i inputs of a group.
 """
 
 from __future__ import annotations

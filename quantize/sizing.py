@@ -137,7 +137,9 @@ class Load:
     cache_bytes: int
     """Of the KV cache in float32."""
     multiplications: int
-    """Of one token, without the head, which a prompt needs once."""
+    """Of one token with weights, without the head, which a prompt needs once."""
+    attended: int
+    """Multiplications of one token with the cache, all of which is attended to, its free places masked."""
     layers: int
 
 
@@ -154,7 +156,8 @@ def load_of(s: Shape, st: Storage) -> Load:
     vectors += (s.heads + 2 * s.kv_heads) * s.head_dim if st.biases else 0
     floats = st.float_bytes * (s.layers * vectors + s.hidden_size)
     cache = 2 * 4 * s.layers * s.kv_heads * s.head_dim * st.cached
-    return Load(stored + floats, read, cache, s.multiplications, s.layers)
+    attended = 2 * s.layers * s.heads * s.head_dim * st.cached
+    return Load(stored + floats, read, cache, s.multiplications, attended, s.layers)
 
 
 @dataclass(frozen=True)
@@ -170,10 +173,11 @@ LAWS: dict[str, Law] = {
     "size_bytes": Law(lambda load: (1.0, load.layers), lambda load: load.stored_bytes),
     "rss_mib": Law(lambda load: (1.0, load.stored_bytes, load.cache_bytes)),
     "decode_ms": Law(lambda load: (1.0, load.read_bytes, load.layers)),
-    "prefill_ms": Law(lambda load: (1.0, load.multiplications, load.layers)),
+    "prefill_ms": Law(lambda load: (1.0, load.multiplications, load.attended)),
 }
 """Cost → law; decode and prefill are milliseconds a token. A file is its counted bytes and a description of the graph,
-which grows with the layers; a token costs the bytes that it reads and a fixed part for every layer's calls."""
+which grows with the layers; one token costs the bytes that it reads and a fixed part for every layer's calls, a token
+of a prompt its multiplications: those in attention are a kernel's of their own."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ DEFAULT_SCHEMES: dict[str, tuple[str, ...]] = {
 }
 """Target → the schemes that are tried where none is named; for engines that do not round activations as a scheme says,
 those of `a16`: `a8` would give the same file."""
-DEFAULT_METHODS = ("rtn", "mse", "gptq", "tune")
+DEFAULT_METHODS = ("rtn", "mse", "gptq", "rotate+gptq")
 DEFAULT_EMBEDDINGS = ("w4-g32", "w8-channel")
 DEFAULT_TARGETS = ("executorch",)
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 290, 58, 18, 18, 40
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 290, 64, 18, 18, 40
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#56b4e9", "#e69f00", "#cc79a7", "#f0e442", "currentColor")
 """Okabe and Ito's palette; its black is the text's colour, which a dark page turns."""
 SHAPES = (

@@ -44,7 +44,7 @@ def numbers(c: click.Context, p: click.Parameter, text: str | None) -> tuple[flo
 @click.option("--budget", help="What the device allows, as in size=8MB,rss=64MB,decode=300,calls=0.97.")
 @click.option("--target", "targets", multiple=True, help="Repeatable; default: executorch.")
 @click.option("--schemes", callback=names, help="With commas, as in w4a8-g32,w8a8-channel; default: by target.")
-@click.option("--methods", callback=names, help="With commas; default: rtn,mse,gptq,tune.")
+@click.option("--methods", callback=names, help="With commas; default: rtn,mse,gptq,rotate+gptq.")
 @click.option(
     "--embeddings", callback=names, help="With commas; `matching` follows the linears. Default: w4-g32,w8-channel."
 )

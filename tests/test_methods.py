@@ -83,7 +83,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, toy: Path, toy_tokenizer: Path
     return root
 
 
-FAST = {"tune": ["tune.epochs=1"], "qat": ["qat.steps=4"]}
+FAST = {"tune": ["tune.epochs=1"], "qat": ["qat.epochs=1"]}
 
 
 @pytest.mark.parametrize(
