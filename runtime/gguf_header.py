@@ -20,8 +20,8 @@ LONGEST_KEY = 65535
 """Bytes; the specification's limit."""
 MOST_DIMENSIONS = 4
 BLOCKS = {0: (1, 4), 1: (1, 2), 2: (32, 18), 6: (32, 22), 8: (32, 34), 30: (1, 2)}
-"""ggml's type → values and bytes of a block, for F32, F16, Q4_0, Q5_0, Q8_0 and BF16: what gori writes or could be asked
-to run. Other types are left to llama.cpp."""
+"""ggml's type → values and bytes of a block, for F32, F16, Q4_0, Q5_0, Q8_0 and BF16: what gori writes or could be
+asked to run. Other types are left to llama.cpp."""
 F32, Q4_0, Q5_0, Q8_0 = 0, 2, 6, 8
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
