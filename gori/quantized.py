@@ -91,8 +91,8 @@ def unpack_int4(packed: Tensor) -> Tensor:
 
 
 def pack(q: Tensor, bits: int) -> Tensor:
-    """int8 `[out, in]` of `bits` → as it is stored: int8 for 8 bits, else uint8 `[out, in * bits / 8]`, each row a stream
-    of bits from the lowest up; for 4 bits that is `pack_int4`."""
+    """int8 `[out, in]` of `bits` → as it is stored: int8 for 8 bits, else uint8 `[out, in * bits / 8]`, each row a
+    stream of bits from the lowest up; for 4 bits that is `pack_int4`."""
     if bits == 8:
         return q
     if bits == 4:
