@@ -8,6 +8,7 @@ bits, group size and activations per tensor.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,10 @@ class QuantizedTensor:
 
     def packed_bytes(self) -> int:
         """Bytes of the integers packed and the scales at 16 bits."""
-        return packed_bytes(tuple(self.q.shape), self.scheme)
+        return packed_bytes(self.q.shape, self.scheme)
 
 
-def packed_bytes(shape: tuple[int, int], s: TensorScheme) -> int:
+def packed_bytes(shape: Sequence[int], s: TensorScheme) -> int:
     """Bytes of a weight `[out, in]` under a scheme: integers packed row by row, scales at 16 bits."""
     out, width = shape
     return out * (width * s.bits // 8 + 2 * (width // s.group_size if s.group_size else 1))

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gori.model import Block, Decoder
+from gori.model import MLP, Block, Decoder
 from gori.quantize.calibration import Batch
 
 SITES: tuple[tuple[str, ...], ...] = (
@@ -81,7 +81,7 @@ class Stream:
                 self._add(i, block.self_attn.o_proj(old))
                 new = block.post_attention_layernorm(self.residual[i])
             else:
-                mlp = block.mlp
+                mlp = dense(block)
                 new = F.silu(mlp.gate_proj(old)) * mlp.up_proj(old)
             found.append(self._place.keep(new, old))
         self.inputs = found
@@ -90,10 +90,23 @@ class Stream:
     def leave(self, block: Block) -> None:
         """Pass the last site: the residual is then the next block's."""
         for i, x in enumerate(self.inputs):
-            self._add(i, block.mlp.down_proj(x))
+            self._add(i, dense(block).down_proj(x))
 
     def _add(self, i: int, y: Tensor) -> None:
         self.residual[i] = self._place.keep(self.residual[i] + y, self.residual[i])
+
+
+def blocks(model: Decoder) -> list[Block]:
+    """A decoder's blocks, from the first to the last."""
+    found = [b for b in model.layers if isinstance(b, Block)]
+    assert len(found) == len(model.layers)
+    return found
+
+
+def dense(block: Block) -> MLP:
+    """The MLP of a block that is no mixture of experts."""
+    assert isinstance(block.mlp, MLP)
+    return block.mlp
 
 
 def linear(block: Block, name: str) -> torch.nn.Linear:

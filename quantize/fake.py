@@ -72,7 +72,8 @@ class _Dequantize(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return *pulled(grad, *ctx.saved_tensors, ctx.bits), None
+        w_OI, log_OG = ctx.saved_tensors
+        return *pulled(grad, w_OI, log_OG, ctx.bits), None
 
 
 class _Linear(torch.autograd.Function):
@@ -120,6 +121,7 @@ class Rounding:
             return x
         if self._seen is not x or self._rounded is None:
             self._seen, self._rounded = x, _Round.apply(x)
+        assert self._rounded is not None
         return self._rounded
 
     def forget(self) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gori import console
 from gori.model import Attention, Block, Decoder, ModelConfig
-from gori.quantize.blocks import SITES, Stream, kept, linear, weight_name
+from gori.quantize.blocks import SITES, Stream, blocks, dense, kept, linear, weight_name
 from gori.quantize.calibration import Batch
 from gori.quantize.layout import weight_of
 from gori.quantize.rtn import METHODS, round_to_nearest
@@ -185,8 +185,7 @@ def folded(
     new, few = copied(model), thinned(batches)
     with kept(on_disk) as place, console.steps(title, len(new.layers)) as bar:
         stream = Stream(model, few, place)
-        for layer, block in enumerate(model.layers):
-            assert isinstance(block, Block)
+        for layer, block in enumerate(blocks(model)):
             trial = copy.deepcopy(block).float()
             for site, names in enumerate(SITES):
                 stream.advance(block, site)
@@ -211,7 +210,7 @@ def _seen(
 ) -> Seen:
     """A site of a block that may be changed meanwhile; afterwards it is what it was."""
     linears = [linear(trial, name) for name in SITES[site]]
-    attention, mlp = trial.self_attn, trial.mlp
+    attention, mlp = trial.self_attn, dense(trial)
 
     def compute(modules: Sequence[nn.Module], x_BTI: Tensor) -> Tensor:
         for name, module in zip(SITES[site], modules, strict=True):

@@ -18,7 +18,7 @@ from torch import Tensor
 from gori import console
 from gori.errors import GoriError
 from gori.model import Decoder
-from gori.quantize.blocks import SITES, Stream, kept, linear, weight_name
+from gori.quantize.blocks import SITES, Stream, blocks, kept, linear, weight_name
 from gori.quantize.calibration import Batch
 from gori.quantize.layout import weight_of
 from gori.quantize.rtn import portable, round_to_nearest
@@ -213,7 +213,7 @@ def gptq(
         if EMBEDDING in done:
             table = done[EMBEDDING].dequantize()
             given.residual = [place.keep(table[b.ids_BT]) for b in batches]
-        for layer, block_ in enumerate(model.layers):
+        for layer, block_ in enumerate(blocks(model)):
             quantized = copy.deepcopy(block_)
             for site, names in enumerate(SITES):
                 plain.advance(block_, site)

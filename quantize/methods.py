@@ -15,6 +15,8 @@ from gori.errors import GoriError, nearest
 from gori.targets import named
 
 Kind = Literal["transform", "rounding", "training"]
+KINDS: tuple[Kind, ...] = ("transform", "rounding", "training")
+"""In the order in which steps may follow each other."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,9 @@ def method(text: str) -> Method:
         if name not in STEPS:
             raise GoriError(f"method {text!r}: step {name!r} is unknown{nearest(name, STEPS)}")
     kinds = [STEPS[n].kind for n in names]
-    order: list[Kind] = ["transform", "rounding", "training"]
+    places = [KINDS.index(k) for k in kinds]
     twice = len(set(names)) < len(names) or kinds.count("rounding") > 1 or kinds.count("training") > 1
-    if twice or kinds != sorted(kinds, key=order.index):
+    if twice or places != sorted(places):
         raise GoriError(
             f"method {text!r}: steps are transforms, then one rounding, then one training, each once, "
             "as in rotate+gptq+tune"

@@ -17,7 +17,7 @@ from gori import console
 from gori.errors import GoriError
 from gori.model import Decoder
 from gori.quantize.assign import Option, assign
-from gori.quantize.blocks import Kept, Stream
+from gori.quantize.blocks import Kept, Stream, blocks
 from gori.quantize.calibration import Batch
 from gori.quantize.fidelity import Reference
 from gori.quantize.layout import check_width, mixed, weight_of
@@ -190,8 +190,8 @@ def _first_rows(batches: Sequence[Batch], rows: int) -> list[Batch]:
         keep = b.rows_B < rows
         if keep.any():
             width = int(b.valid_BT[keep].sum(1).max())
-            cut = (b.ids_BT, b.valid_BT, b.answer_BT)
-            found.append(Batch(*(t[keep][:, :width].contiguous() for t in cut), b.rows_B[keep]))
+            ids, valid, answer = (t[keep][:, :width].contiguous() for t in (b.ids_BT, b.valid_BT, b.answer_BT))
+            found.append(Batch(ids, valid, answer, b.rows_B[keep]))
     return found
 
 
@@ -205,7 +205,7 @@ class Probe:
         self.before: list[list[Tensor]] = []
         """Each block's input residuals, batch by batch."""
         stream = Stream(model, batches, Kept())
-        for block in model.layers:
+        for block in blocks(model):
             self.before.append(list(stream.residual))
             for site in range(4):
                 stream.advance(block, site)
