@@ -26,6 +26,8 @@ from gori.quantized import HEAD, Quantization, QuantizedLinear, TensorScheme, qu
 TOKENS = 4096
 """Tokens of whole calibration rows, evenly spread, on which errors are measured: time is in proportion, and a site's
 choice is one or two numbers."""
+HEAD_ROWS = 4096
+"""Rows of a head, evenly spread over the vocabulary, on which its error is measured."""
 
 
 def copied(model: Decoder) -> Decoder:
@@ -179,8 +181,8 @@ def folded(
 
     Errors are measured where a site reaches the residual stream: for queries, keys and values after attention, for gate
     and up after the MLP, all else in float. Of the queries' and keys' own outputs the error says little: a softmax
-    follows. Holds the new weights, a float copy of one block and the activations of TOKENS tokens (with `on_disk` in
-    mapped files).
+    follows. Holds the new weights, a float copy of one block, one site's rounded weights and the activations of TOKENS
+    tokens (with `on_disk` in mapped files).
     """
     new, few = copied(model), thinned(batches)
     with kept(on_disk) as place, console.steps(title, len(new.layers)) as bar:
@@ -228,9 +230,11 @@ def _seen(
 
 
 def _best_of_head(model: Decoder, s: TensorScheme, propose: Propose, hidden: list[Tensor], few: list[Batch]) -> Tensor:
-    """Factors for the head by the error of its logits where something is said."""
-    head = nn.Linear(model.cfg.hidden_size, model.cfg.vocab_size, bias=False, device="meta")
-    head.weight = nn.Parameter(weight_of(model, HEAD).float(), requires_grad=False)
+    """Factors for the head by the error of its logits (HEAD_ROWS of them) where something is said."""
+    weight = weight_of(model, HEAD)
+    weight = weight[:: -(-len(weight) // HEAD_ROWS)].float()
+    head = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+    head.weight = nn.Parameter(weight, requires_grad=False)
     said = [x[b.answer_BT].unsqueeze(0) for x, b in zip(hidden, few, strict=True)]
     everywhere = [torch.ones(x.shape[:2]) > 0 for x in said]
     seen = Seen(said, everywhere, [head], [s], lambda modules, x: modules[0](x))

@@ -79,6 +79,7 @@ def eager_answers(model: Decoder) -> Answers:
     """One forward pass for rows that fit a batch; give them sorted by length, or padding is computed."""
     import torch
 
+    @torch.inference_mode()
     def hidden(rows: Sequence[Row]) -> Sequence[torch.Tensor]:
         """Hidden states `[answer tokens, D]` of each row."""
         # nothing that a causal model computes sees what stands to its right, so any id pads
@@ -88,16 +89,20 @@ def eager_answers(model: Decoder) -> Answers:
             wanted_BT[i, r.prompt - 1 : len(r.ids) - 1] = True
         return model.hidden(ids_BT, wanted_BT=wanted_BT).split([len(r.answer) for r in rows])
 
+    @torch.inference_mode()
+    def logits(states_ND: torch.Tensor) -> np.ndarray:
+        return model.logits(states_ND).float().numpy()
+
     def run(rows: Sequence[Row]) -> Iterator[np.ndarray]:
         for r in rows:
             if len(r.ids) > model.cfg.max_position:
                 raise GoriError(
                     f"a row of {len(r.ids)} tokens exceeds the context of {model.cfg.max_position}: shorten it"
                 )
-        for batch in _batches(rows):
-            with torch.inference_mode():
-                for states in hidden(batch):
-                    yield model.logits(states).float().numpy()
+        for batch in _batches(
+            rows
+        ):  # no mode of torch's is held while a generator waits: it would stay with its caller
+            yield from map(logits, hidden(batch))
 
     return run
 

@@ -45,7 +45,7 @@ def test_the_recipes_that_gori_carries_are_valid(name: str, tmp_path: Path) -> N
         ("distill: {train: {step: 5}}", "unknown key distill.train.step: did you mean 'steps'"),
         ("teacher: {train: {stepps: 1}}", "unknown key teacher.train.stepps: did you mean 'steps'"),
         ("export: [{traget: executorch}]", "unknown key export.0.traget: did you mean 'target'"),
-        ("quantize: {zzz: 1}", "unknown key quantize.zzz: choose one of compare, embedding, method, scheme"),
+        ("quantize: {zzz: 1}", "unknown key quantize.zzz: choose one of bits_per_weight, compare"),
         ("distill: {train: {steps: 0}}", "distill.train.steps: Input should be greater than or equal to 1, got 0"),
         ("distill: {train: {steps: many}}", "distill.train.steps: .* got 'many'"),
         ("student: {kind: gpt2}", "student.kind: .* got 'gpt2'"),
