@@ -16,7 +16,7 @@ from gori.quantize.fake import Weight, student
 from gori.quantize.fitting import Rows, Trained, fit
 from gori.quantized import Quantization, QuantizedTensor
 
-EPOCHS, RATE, STEP_TOKENS = 6, 0.004, 1024
+EPOCHS, RATE, STEP_TOKENS, TEMPERATURE = 3, 0.001, 1024, 2.0
 
 
 def tune(
@@ -29,7 +29,7 @@ def tune(
     epochs: int = EPOCHS,
     lr: float = RATE,
     step_tokens: int = STEP_TOKENS,
-    temperature: float = 1.0,
+    temperature: float = TEMPERATURE,
     seed: int = 0,
     on_disk: Path | None = None,
 ) -> Trained:
