@@ -119,8 +119,8 @@ class Quantize(Section):
     """The embedding table's scheme; null: the linear scheme's bits and groups."""
     method: str = "rtn"
     """Round-to-nearest with scales that hold each group's largest weight, or any other that `gori quantize` takes."""
-    samples: int = Field(default=256, ge=1)
-    """Training rows that a method is calibrated with."""
+    samples: int | None = Field(default=None, ge=1)
+    """Training rows that a method is calibrated with; null: as many as it wants."""
     options: list[str] = []
     """Settings of the method's steps, as in gptq.damping=0.05."""
     mix: str | None = None

@@ -9,7 +9,7 @@ import click
 from gori import console
 from gori.artifact import read_manifest
 from gori.options import json_option, out_option
-from gori.quantize.methods import EXAMPLES, SAMPLES, SENSITIVITY_ROWS, STEPS
+from gori.quantize.methods import EXAMPLES, SAMPLES, SENSITIVITY_ROWS, STEPS, TRAINING_SAMPLES
 from gori.quantize.schemes import ALIASES, BITS, GROUP_SIZES
 
 EPILOG = (
@@ -34,7 +34,7 @@ EPILOG = (
     type=click.Path(path_type=Path),
     help="Conversations to calibrate with; default: the training rows beside CHECKPOINT.",
 )
-@click.option("--samples", type=click.IntRange(1), default=SAMPLES, show_default=True, help="Calibration rows.")
+@click.option("--samples", type=click.IntRange(1), help=f"Calibration rows; default: {SAMPLES}, and {TRAINING_SAMPLES} to train.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--option", "settings", multiple=True, metavar="STEP.NAME=VALUE", help="As in gptq.damping=0.05.")
 @click.option("--teacher", type=click.Path(path_type=Path), help="What qat learns from; default: CHECKPOINT itself.")
@@ -51,7 +51,7 @@ def quantize(
     embedding: str | None,
     method: str,
     files: tuple[Path, ...],
-    samples: int,
+    samples: int | None,
     seed: int,
     settings: tuple[str, ...],
     teacher: Path | None,

@@ -52,6 +52,8 @@ DEFAULT_ROUNDING = {"transform": "mse", "training": "gptq"}
 """What rounds where a method names no rounding: `awq` is `awq+mse`, `tune` is `gptq+tune`."""
 SAMPLES = 256
 """Calibration rows where nothing else was asked for."""
+TRAINING_SAMPLES = 1024
+"""The same for methods that end in a training: it overfits fewer (docs/quantization.md)."""
 SENSITIVITY_ROWS = 64
 """Of these, rows that mixed precision measures each weight's sensitivity on."""
 GIVEN = {"model", "batches", "spec", "tensors", "teacher", "start", "on_disk", "seed"}
@@ -85,6 +87,11 @@ class Method:
     @property
     def steps(self) -> tuple[str, ...]:
         return tuple(self.name.split("+"))
+
+    @property
+    def samples(self) -> int:
+        """Calibration rows where nothing else was asked for."""
+        return TRAINING_SAMPLES if self.training else SAMPLES
 
     @property
     def calibrated(self) -> bool:

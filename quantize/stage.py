@@ -15,7 +15,7 @@ from gori.errors import GoriError
 from gori.model import Decoder
 from gori.quantize import calibration as data
 from gori.quantize.layout import bits_per_weight, layout
-from gori.quantize.methods import SAMPLES, Method, function, method, options
+from gori.quantize.methods import Method, function, method, options
 from gori.quantize.schemes import canonical, embedding_scheme, scheme
 from gori.quantized import Quantization, QuantizedTensor
 from gori.tokenizer import Tokenizer, copy_files
@@ -30,7 +30,7 @@ class Rows:
 
     files: tuple[Path, ...]
     tools: Path
-    samples: int = SAMPLES
+    samples: int
 
     def read(self, source: Path, seed: int) -> data.Calibration:
         """The sample in the checkpoint's own tokens."""
@@ -41,7 +41,7 @@ class Rows:
         return data.sample(data.read_rows(self.files, self.tools), tokenizer, self.samples, longest, seed)
 
 
-def rows_for(source: Path, files: Sequence[Path] = (), samples: int = SAMPLES) -> Rows:
+def rows_for(source: Path, files: Sequence[Path], samples: int) -> Rows:
     """The rows that were named, or the training rows beside the checkpoint; its tools file goes with them."""
     if files:
         tools = source / "tools.json"
@@ -60,7 +60,7 @@ def quantize(
     out: Path,
     *,
     calibration: Sequence[Path] = (),
-    samples: int = SAMPLES,
+    samples: int | None = None,
     seed: int = 0,
     settings: Sequence[str] = (),
     mix: Mix | None = None,
@@ -69,7 +69,8 @@ def quantize(
 ) -> bool:
     """Write the quantized checkpoint of a float folder into `out`; returns whether it ran.
 
-    `calibration` are files of conversations (default: the training rows of the run that the checkpoint came from),
+    `calibration` are files of conversations (default: the training rows of the run that the checkpoint came from), of
+    which `samples` rows are drawn (default: as many as the method wants),
     `settings` options of the method's steps (`gptq.damping=0.05`), `mix` a budget for mixed precision in place of one
     scheme for all linears, `teacher` a checkpoint that qat learns from in place of the float student.
     """
@@ -84,7 +85,7 @@ def quantize(
         raise GoriError(f"method {how.name} learns from the float student alone: --teacher goes with qat")
     asked: dict[str, Any] = {"scheme": canonical(scheme_name), "embedding": embedding, "method": how.name}
     inputs = {"checkpoint": content_hash(checkpoint_dir)}
-    rows = rows_for(checkpoint_dir, calibration, samples) if how.calibrated or mix else None
+    rows = rows_for(checkpoint_dir, calibration, samples or how.samples) if how.calibrated or mix else None
     if rows:
         asked |= {"samples": rows.samples, "options": chosen}
         inputs |= {f"calibration/{p.name}": content_hash(p) for p in rows.files}

@@ -46,7 +46,7 @@ class Setting:
     """Student → its checkpoint's content hash."""
     data: Mapping[str, str]
     """The prepared files' hashes."""
-    samples: int
+    samples: int | None
     seed: int
 
     def task(self, c: Candidate) -> Task:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gori.quantize.sweep_result import Request
     from gori.quantize.workers import Engine
 
-ROWS, ROUNDS, TRIALS, SAMPLES = 600, 3, 24, 256
+ROWS, ROUNDS, TRIALS = 600, 3, 24
 
 
 def names(_: click.Context, __: click.Parameter, text: str | None) -> tuple[str, ...]:
@@ -60,7 +60,7 @@ def numbers(c: click.Context, p: click.Parameter, text: str | None) -> tuple[flo
 )
 @click.option("--calibration", multiple=True, type=click.Path(path_type=Path), help="Default: the run's training rows.")
 @click.option("--rows", type=click.IntRange(1), default=ROWS, show_default=True, help="Test rows that are answered.")
-@click.option("--samples", type=click.IntRange(1), default=SAMPLES, show_default=True, help="Rows a method looks at.")
+@click.option("--samples", type=click.IntRange(1), help="Rows a method looks at; default: as many as it wants.")
 @click.option("--workers", type=click.IntRange(1), help="Candidates at once; default: the cores.")
 @click.option("--rounds", type=click.IntRange(0), default=ROUNDS, show_default=True, help="Of measuring speeds.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of the engine, for speeds.")

@@ -46,7 +46,7 @@ class Task:
     """The prepared rows: `test.jsonl` and `calibration.jsonl`."""
     out: Path
     """The sweep's directory."""
-    samples: int
+    samples: int | None
     seed: int
 
     @property
