@@ -205,7 +205,7 @@ def test_other_rows_or_another_seed_are_other_candidates(
     def keys(data: Path, **changes: Any) -> set[str]:
         options = {
             "targets": ("gguf",), "schemes": ("w4a16-g32",), "methods": ("rtn",), "embeddings": ("matching",),
-            "bits_per_weight": (), "budget": None, "search": "grid", "seed": 0, "samples": 256, "rows": 600,
+            "bits_per_weight": (), "budget": None, "search": "grid", "seed": 0, "samples": None, "rows": 600,
             "data": (data,), "calibration": (toy / "train.jsonl",), **changes,
         }  # fmt: skip
         request = read({"student": student}, options)
