@@ -99,7 +99,7 @@ def main() -> None:
                     + ("" if line[k]["gap_is_sure"] else " (gap within noise)")
                     for k in ("kl", "perplexity")
                 )
-                head = f"{scheme:<12}{line['method']:<16} seed {seed}  KL {found.kl_mean:.2e}"
+                head = f"{scheme:<14}{line['method']:<16} seed {seed}  KL {found.kl_mean:.2e}"
                 print(f"{head}  {shown}  {spent:.0f} core-s", flush=True)
     print(f"peak RSS {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
     if a.out:
