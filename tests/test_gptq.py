@@ -12,10 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from decoders import random_decoder
+from decoders import batches, random_decoder
 from gori import quantized
-from gori.data import Example
-from gori.quantize.calibration import Batch, of_examples
 from gori.quantize.fidelity import Reference
 from gori.quantize.gptq import (
     Moments,
@@ -164,15 +162,6 @@ def test_an_input_that_never_speaks_keeps_the_nearest_integers() -> None:
     assert ((t.dequantize() - W)[:, 3].abs() <= step[:, 0] / 2 + 1e-5).logical_or(t.q[:, 3].abs() >= 7).all()
     zero = solve(W, torch.zeros(8, 8), TensorScheme(4, 8, 16))
     assert torch.isfinite(zero.dequantize()).all()
-
-
-def batches(vocab: int, seed: int = 0, rows: int = 12) -> list[Batch]:
-    g = torch.Generator().manual_seed(seed)
-    found = []
-    for n in range(rows):
-        ids = torch.randint(0, vocab, (10 + n % 5,), generator=g).tolist()
-        found.append(Example(ids, [False] * 5 + [True] * (len(ids) - 5)))
-    return of_examples(found, pad=0, batch_tokens=60).batches
 
 
 CASES = {

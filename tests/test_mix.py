@@ -12,9 +12,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_gptq import batches
 
-from decoders import random_decoder
+from decoders import batches, random_decoder
 from gori import quantized
 from gori.errors import GoriError
 from gori.quantize.assign import Option, assign

@@ -10,10 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_gptq import batches
 from torch import Tensor
 
-from decoders import random_decoder
+from decoders import batches, random_decoder
 from gori import quantized
 from gori.errors import GoriError
 from gori.model import Decoder, ModelConfig
