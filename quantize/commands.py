@@ -34,7 +34,9 @@ EPILOG = (
     type=click.Path(path_type=Path),
     help="Conversations to calibrate with; default: the training rows beside CHECKPOINT.",
 )
-@click.option("--samples", type=click.IntRange(1), help=f"Calibration rows; default: {SAMPLES}, and {TRAINING_SAMPLES} to train.")
+@click.option(
+    "--samples", type=click.IntRange(1), help=f"Calibration rows; default: {SAMPLES}, and {TRAINING_SAMPLES} to train."
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--option", "settings", multiple=True, metavar="STEP.NAME=VALUE", help="As in gptq.damping=0.05.")
 @click.option("--teacher", type=click.Path(path_type=Path), help="What qat learns from; default: CHECKPOINT itself.")
