@@ -54,6 +54,18 @@ class Call:
         return {"type": "function", "function": {"name": self.name, "arguments": dict(self.arguments)}}
 
 
+def plain(call: Call) -> dict[str, Any]:
+    """A call as the JSON that gori prints."""
+    return {"name": call.name, "arguments": dict(call.arguments)}
+
+
+def as_gleo(call: Call, functions: Mapping[str, Function]) -> dict[str, Any]:
+    """A call as the action that Gleo makes an Android Intent of; without packageName where no app schema names one."""
+    function = functions.get(call.name)
+    package = {"packageName": function.package} if function and function.package else {}
+    return {**package, "action": call.name, "actionParameters": dict(call.arguments)}
+
+
 class CallError(GoriError):
     """A text that is not a call of the given functions."""
 

@@ -8,6 +8,7 @@ punctuation mark, each with at most one space before it. A value after a space i
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,21 @@ class Tokenizer:
             return b""
         if token_id in self._special:
             return token.encode()
-        return bytes(_BYTE_OF[c] for c in token)
+        return bytes(BYTE_OF[c] for c in token)
+
+    def normalize(self, text: str) -> str:
+        """The text as it is cut into tokens: NFC, of the tokenizers that gori trains."""
+        normalizer = self._inner.normalizer
+        return normalizer.normalize_str(text) if normalizer is not None else text
+
+    @cached_property
+    def pieces(self) -> list[bytes]:
+        """`piece` of every token."""
+        return [self.piece(i) for i in range(self.vocab_size)]
+
+    def piece(self, token_id: int) -> bytes:
+        """The bytes of text that a token stands for: none of a special token, which is no text."""
+        return b"" if token_id in self._special else self.token_bytes(token_id)
 
     def save(self, directory: Path) -> None:
         """Write tokenizer.json, tokenizer_config.json, the chat template and generation_config.json."""
@@ -111,7 +126,8 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in keep} | {chr(256 + i): b for i, b in enumerate(spare)}
 
 
-_BYTE_OF = _byte_alphabet()
+BYTE_OF = _byte_alphabet()
+"""Of each character that stands for a byte in a vocabulary, the byte."""
 
 
 def train(texts: Iterable[str], functions: dict[str, Function], vocab_size: int) -> Tokenizer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gori import console
-from gori.calls import ASSISTANT, END, Call, CallError, parse
-from gori.data import Conversation, Turn, encode, prompt_ids
+from gori.calls import CallError, as_gleo, parse, plain
+from gori.data import Conversation, Turn
 from gori.errors import GoriError
 from gori.options import json_option
 
 if TYPE_CHECKING:
     from gori.calls import Function
-    from gori.runtime.session import Session
-    from gori.tokenizer import Tokenizer
+    from gori.runtime.caller import Caller
 
 artifact_argument = click.argument("artifact", type=click.Path(path_type=Path))
 threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads; default: the engine's choice.")
@@ -36,57 +35,48 @@ def sampled(command: Any) -> Any:
     return command
 
 
-def _open(artifact: Path, threads: int | None) -> tuple[Session, Tokenizer, list[int]]:
-    from gori.runtime.session import open_session
-    from gori.tokenizer import Tokenizer, eos_ids
+def _caller(artifact: Path, threads: int | None) -> Caller:
+    from gori.runtime.caller import Caller
 
-    session = open_session(artifact, threads)
-    directory = artifact if artifact.is_dir() else artifact.parent
-    return session, Tokenizer.load(directory), eos_ids(directory)
+    return Caller.open(artifact, threads)
 
 
 @click.command(epilog='Example: gori call demo/export/executorch "조수석 창문 반만 열어줘"')
 @artifact_argument
 @click.argument("utterance")
+@click.option("--gleo", is_flag=True, help="Gleo's action JSON: packageName, action, actionParameters.")
+@click.option("--free", is_flag=True, help="Let the model say anything; an answer that is no call is then an error.")
 @threads_option
 @sampled
 @json_option
-def call(artifact: Path, utterance: str, threads: int | None, as_json: bool, **how: Any) -> None:
+def call(
+    artifact: Path, utterance: str, gleo: bool, free: bool, threads: int | None, as_json: bool, **how: Any
+) -> None:
     """Answer one UTTERANCE with the function call that ARTIFACT makes of it, as JSON."""
-    from gori.runtime.evaluation import functions_of
-    from gori.runtime.generate import generate
+    from gori.runtime.generate import picker
 
     if not utterance.strip():
         raise GoriError("the utterance is empty: say something")
-    session, tokenizer, end = _open(artifact, threads)
-    functions = functions_of(artifact if artifact.is_dir() else artifact.parent)
-    prompt = prompt_ids(Conversation((Turn("user", utterance), Turn("assistant", None, ()))), tokenizer)
-    began = time.perf_counter()
-    ids = list(generate(session, prompt, end, **how))
-    latency_ms = (time.perf_counter() - began) * 1e3
-    text = tokenizer.decode(ids)
-    try:
-        calls = parse(text, functions)
-    except CallError as e:
-        raise GoriError(f"the model's answer is no call of its tools ({e}): {text!r}") from e
+    caller = _caller(artifact, threads)
+    answer = caller.call(utterance, constrained=not free, pick=picker(**how))
+    if answer.calls is None:
+        try:
+            parse(answer.text, caller.functions)
+        except CallError as e:
+            raise GoriError(f"the model's answer is no call of its tools ({e}): {answer.text!r}") from e
+        raise GoriError(f"{artifact} carries no tools, so its answer is no call: {answer.text!r}")
+    calls = [as_gleo(c, caller.functions) if gleo else plain(c) for c in answer.calls]
     body = {
-        "calls": [_plain(c) for c in calls],
-        "prompt_tokens": len(prompt),
-        "answer_tokens": len(ids),
-        "latency_ms": round(latency_ms, 2),
-        "engine": session.info.engine,
+        "calls": calls,
+        "prompt_tokens": answer.prompt_tokens,
+        "answer_tokens": len(answer.ids),
+        "forced_tokens": answer.forced_tokens,
+        "first_token_ms": round(answer.first_token_ms, 2),
+        "latency_ms": round(answer.total_ms, 2),
+        "alternatives": [{"name": n, "probability": round(p, 4)} for n, p in answer.alternatives],
+        "engine": caller.session.info.engine,
     }
-    console.result(body if as_json else None, as_json, _as_text(calls))
-
-
-def _plain(c: Call) -> dict[str, Any]:
-    return {"name": c.name, "arguments": dict(c.arguments)}
-
-
-def _as_text(calls: list[Call]) -> str:
-    import json
-
-    return json.dumps([_plain(c) for c in calls], ensure_ascii=False)
+    console.result(body if as_json else None, as_json, json.dumps(calls, ensure_ascii=False))
 
 
 @click.command(epilog="Example: gori chat demo/export/executorch  ·  /reset forgets, /quit or Ctrl-D ends.")
@@ -95,16 +85,23 @@ def _as_text(calls: list[Call]) -> str:
 @sampled
 def chat(artifact: Path, threads: int | None, **how: Any) -> None:
     """Talk with ARTIFACT turn by turn; answers appear as they are made."""
-    session, tokenizer, end = _open(artifact, threads)
-    turns: list[Turn] = []
+    from gori.runtime.generate import picker
+
+    caller, turns = _caller(artifact, threads), []
     for line in _lines():
         if line == "/reset":
-            turns, _ = [], session.reset()
+            turns = []
             continue
         if line == "/quit":
             return
         turns.append(Turn("user", line))
-        turns.append(Turn("assistant", _answer(session, tokenizer, end, turns, how)))
+        answer = caller.answer(turns, constrained=False, pick=picker(**how), on_text=_say)
+        print()
+        turns.append(Turn("assistant", None if answer.calls is not None else answer.text.strip(), answer.calls))
+
+
+def _say(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 def _lines() -> Iterator[str]:
@@ -116,28 +113,6 @@ def _lines() -> Iterator[str]:
             return
         if line:
             yield line
-
-
-def _answer(session: Session, tokenizer: Tokenizer, end: list[int], turns: list[Turn], how: dict[str, Any]) -> str:
-    """Stream one answer; what the cache already holds of the conversation is not computed again."""
-    from gori.runtime.generate import Utf8Stream, generate
-    from gori.runtime.session import Snapshot
-
-    prompt: list[int] = []
-    for t in turns:
-        if t.role == "user":
-            prompt += encode(Conversation((t,)), tokenizer).ids
-        else:  # what was said is markup: its calls are special tokens
-            said = tokenizer.encode_markup(t.content or "")
-            prompt += [tokenizer.id(ASSISTANT), *said, tokenizer.id(END)]
-    prompt.append(tokenizer.id(ASSISTANT))
-    session.restore(Snapshot(tuple(prompt[:-1])))
-    stream, ids = Utf8Stream(tokenizer), []
-    for token in generate(session, prompt[-1:], end, **how):
-        ids.append(token)
-        print(stream.push(token), end="", flush=True)
-    print(stream.close())
-    return tokenizer.decode(ids)
 
 
 @click.command("eval", epilog="Example: gori eval demo/quantize --data demo/data/template.jsonl --against demo/distill")

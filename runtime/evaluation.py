@@ -13,7 +13,7 @@ import numpy as np
 
 from gori import console, evaluate
 from gori.artifact import read_object
-from gori.calls import Call, Function, read_tools, render
+from gori.calls import Function, plain, read_tools, render
 from gori.data import Conversation, read_conversations
 from gori.errors import GoriError
 from gori.runtime import forced
@@ -85,13 +85,9 @@ def _row(split: str, s: evaluate.Scored) -> dict[str, Any]:
         "utterance": s.conversation.utterance,
         "wanted": render(wanted.calls) if wanted.calls is not None else wanted.content,
         "answer": s.text,
-        "calls": None if s.calls is None else [_plain(c) for c in s.calls],
+        "calls": None if s.calls is None else [plain(c) for c in s.calls],
         "exact": s.exact,
     }
-
-
-def _plain(c: Call) -> dict[str, Any]:
-    return {"name": c.name, "arguments": dict(c.arguments)}
 
 
 def read_splits(

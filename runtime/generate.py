@@ -6,7 +6,7 @@ A Hangul syllable may be split over tokens: `Utf8Stream` gives out only what is 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -33,27 +33,29 @@ def choose(
     return int(order[rng.choice(len(p), p=p)])
 
 
-def generate(
-    session: Session,
-    prompt: Sequence[int],
-    end: Sequence[int],
-    *,
-    max_new: int = 256,
-    seed: int | None = None,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-) -> Iterator[int]:
-    """Yield the answer's token ids up to an end mark (left out), `max_new` tokens or a full context.
+Pick = Callable[[np.ndarray], int]
+"""A token id from logits `[V]`, of which some may be -inf."""
 
-    The prompt is appended to what the session holds. `seed=None` is greedy.
-    """
+
+def picker(seed: int | None = None, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Pick:
+    """How tokens are chosen: greedy where `seed` is None, else `choose` with a generator of that seed."""
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
         raise GoriError(f"temperature {temperature}, top_p {top_p}, top_k {top_k}: allowed are >= 0, (0, 1], >= 0")
     rng = None if seed is None else np.random.default_rng(seed)
+    return lambda logits: choose(logits, rng, temperature, top_k, top_p)
+
+
+def generate(
+    session: Session, prompt: Sequence[int], end: Sequence[int], *, max_new: int = 256, pick: Pick | None = None
+) -> Iterator[int]:
+    """Yield the answer's token ids up to an end mark (left out), `max_new` tokens or a full context.
+
+    The prompt is appended to what the session holds. Without `pick` the likeliest token is taken.
+    """
+    pick = pick or picker()
     logits = session.prefill(prompt)
     for said in range(max_new):
-        token = choose(logits, rng, temperature, top_k, top_p)
+        token = pick(logits)
         if token in end:
             return
         yield token

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from gori import checkpoint, evaluate
 from gori.errors import GoriError
 from gori.model import Decoder, ModelConfig
-from gori.runtime.generate import choose, generate
+from gori.runtime.generate import choose, generate, picker
 from gori.runtime.session import Logits, Session, SessionInfo, open_session
 
 LOGITS = np.array([1.0, -0.5, 2.0, 0.3, 1.9, -3.0], dtype=np.float32)
@@ -91,7 +91,7 @@ def test_generation_stops_at_an_end_mark_at_the_limit_and_at_a_full_context() ->
 def test_one_seed_is_one_answer() -> None:
     def answer(seed: int) -> list[int]:
         session = ScriptedSession([0] * 40)
-        return list(generate(session, [0], [], max_new=30, seed=seed, temperature=3.0))
+        return list(generate(session, [0], [], max_new=30, pick=picker(seed, temperature=3.0)))
 
     assert answer(1) == answer(1)
     assert answer(1) != answer(2)
@@ -100,7 +100,7 @@ def test_one_seed_is_one_answer() -> None:
 @pytest.mark.parametrize("how", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}])
 def test_settings_of_no_meaning_are_refused(how: dict[str, float]) -> None:
     with pytest.raises(GoriError, match="allowed are"):
-        list(generate(ScriptedSession([1]), [0], [9], **how))  # type: ignore[arg-type]
+        picker(0, **how)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
