@@ -55,6 +55,7 @@ from gori.runtime.eager import session_of, special_ids
 from gori.runtime.session import Session, SessionInfo
 from gori.targets import PARITY, Target, named
 from gori.targets import target as target_row
+from gori.tokenizer import SYSTEM_FILE as SYSTEM
 from gori.tokenizer import copy_files
 
 IDENTITY = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tools.json")
@@ -88,31 +89,37 @@ def export(
     prompts: Sequence[Sequence[int]] = (),
     seed: int = 0,
     backend: str | None = None,
+    system: str = "",
+    runner: Path | None = None,
 ) -> dict[str, Any]:
     """Write a target's directory `out`, unless it is there already; returns the manifest's content.
 
     `context` is the tokens that the KV cache holds (default: the model's, 512 at most), `chunk` the tokens that one
     call takes (default 128, at most context - 1). `prompts` are token ids that are run besides random ones and the
-    built-in utterances. Raises GoriError, and leaves nothing, for a scheme that the format does not hold, an integer
-    that is not in the file, and logits beyond the noise floor.
+    built-in utterances. `system` travels as system.txt and stands before every utterance; `runner`, a built gori-call,
+    saves its keys and values in an ExecuTorch artifact (prefix.bin). Raises GoriError, and leaves nothing, for a scheme
+    that the format does not hold, an integer that is not in the file, and logits beyond the noise floor.
     """
     row = find_row(name, backend)
     cfg = checkpoint.read_config(source)
     context, chunk = resolve_lengths(cfg, context, chunk)
     check_prompts(prompts, cfg.vocab_size, context)
     settings = {"target": name, "context": context, "chunk": chunk, "prompts": [list(p) for p in prompts]}
-    if backend:
-        settings["backend"] = backend
+    settings |= {k: v for k, v in (("backend", backend), ("system", system), ("prefix", bool(runner))) if v}
+    if runner and (name != "executorch" or backend):
+        raise GoriError(f"a saved prefix is of the C++ runner, which runs executorch's XNNPACK files, not {name}")
     manifest = Manifest("export", name, seed, settings, {"checkpoint": content_hash(source)})
     manifest.versions = library_versions([n for n in LIBRARIES if n != "executorch"]) | library_versions(row.packages)
     manifest.lineage = ancestry({"checkpoint": source})
     bos_id, eos_ids = special_ids(source)
-    options = Options(source, context, chunk, bos_id, eos_ids, backend)
+    options = Options(source, context, chunk, bos_id, eos_ids, backend, system, runner)
 
     def build(tmp: Path) -> None:
         weights = read_weights(source)
         check_schemes(weights.spec, row)
         copy_beside(source, tmp)
+        if system:
+            (tmp / SYSTEM).write_text(system, encoding="utf-8")
         hashes = write_and_read_back(row, weights, tmp, options, manifest)
         weights = replace(weights, integers={}, floats={})  # the reference needs the memory
         give_back()

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from gori.artifact import read_bytes
+from gori.calls import read_text
 from gori.console import result, table_width
 from gori.errors import GateError, GoriError
 from gori.options import json_option
@@ -45,6 +47,14 @@ from gori.targets import TARGETS
     metavar="TEXT",
     help="Of executorch: xnnpack (default), coreml, vulkan, openvino, qnn:SA8295; of atom-max: batch=8+1,devices=2.",
 )
+@click.option(
+    "--system", type=click.Path(path_type=Path), help="A text file: what the model is told before every utterance."
+)
+@click.option(
+    "--runner",
+    type=click.Path(path_type=Path),
+    help="Of executorch: a built gori-call, by which keys and values of what stands before every utterance are saved.",
+)
 @json_option
 def export_command(
     checkpoint: Path,
@@ -55,6 +65,8 @@ def export_command(
     prompts: Path | None,
     seed: int,
     backend: str | None,
+    system: Path | None,
+    runner: Path | None,
     as_json: bool,
 ) -> None:
     """Carry a checkpoint's integers into a runtime's format and prove it by running the file."""
@@ -66,7 +78,16 @@ def export_command(
     for name in dict.fromkeys(targets):
         place = out / name if len(set(targets)) > 1 else out
         manifest = export(
-            name, checkpoint, place, context=context, chunk=chunk, prompts=golden, seed=seed, backend=variant
+            name,
+            checkpoint,
+            place,
+            context=context,
+            chunk=chunk,
+            prompts=golden,
+            seed=seed,
+            backend=variant,
+            system=read_system(system) if system else "",
+            runner=runner,
         )
         found[name] = {"out": str(place), **manifest["metrics"], "gates": manifest["gates"], "notes": manifest["notes"]}
     body = found if len(found) > 1 else next(iter(found.values()))
@@ -103,6 +124,17 @@ def summary(metrics: dict[str, Any]) -> str:
         f"same first choice on {found['engine']['top1']:.1%} of {found['engine']['positions']} positions"
     )
     return "\n".join([head, measured, *(f"note: {n}" for n in metrics["notes"])])
+
+
+def read_system(path: Path) -> str:
+    """A text in NFC, as a conversation's content is read; GoriError for an empty one."""
+    try:
+        text = read_text(read_bytes(path).decode("utf-8").strip(), str(path))
+    except UnicodeDecodeError as e:
+        raise GoriError(f"{path} is not UTF-8: save it as UTF-8") from e
+    if not text:
+        raise GoriError(f"{path} is empty: write what the model is told before every utterance, or leave --system out")
+    return text
 
 
 def read_prompts(path: Path) -> list[list[int]]:

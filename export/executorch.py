@@ -6,11 +6,13 @@ own, the proof that the file computes what the checkpoint does is gori.export.bu
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
 from gori.console import log
-from gori.errors import GoriError
+from gori.errors import GoriError, one_line
+from gori.export import runner_file
 from gori.export.executorch_warnings import upstream_warnings
 from gori.export.weights import Options, Weights, linear_names
 
@@ -18,7 +20,7 @@ PTE = "model.pte"
 
 
 def write(w: Weights, out: Path, o: Options) -> dict[str, Any]:
-    """Lower and write model.pte; which linears XNNPACK took.
+    """Lower and write model.pte, and runner.bin for the C++ runner; which linears XNNPACK took.
 
     Raises GoriError, and writes nothing, for a linear that it did not take.
     """
@@ -32,8 +34,28 @@ def write(w: Weights, out: Path, o: Options) -> dict[str, Any]:
     (out / PTE).write_bytes(lowered.pte)
     count = len(linear_names(w.cfg, w.head_name))
     log(f"{len(lowered.delegated)}/{count} linears delegated")
-    facts = {"delegated_linears": len(lowered.delegated), "linears": count}
-    return {**facts, "planned_bytes": lowered.planned_bytes}
+    facts: dict[str, Any] = {
+        "delegated_linears": len(lowered.delegated),
+        "linears": count,
+        "planned_bytes": lowered.planned_bytes,
+    }
+    why_not = runner_file.write(o.source, out, o.system) if (o.source / "tokenizer.json").exists() else "no tokenizer"
+    if why_not and o.runner:
+        raise GoriError(f"no prefix can be saved: {why_not}")
+    if o.runner:
+        save_prefix(o.runner, out)
+    return facts | ({"notes": [why_not]} if why_not.startswith("no runner") else {})
+
+
+def save_prefix(runner: Path, directory: Path) -> None:
+    """Have the C++ runner compute what stands before every utterance, and keep its keys and values as prefix.bin."""
+    command = [str(runner), str(directory), "--save-prefix", str(directory / "prefix.bin")]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as e:
+        raise GoriError(f"{runner} does not run ({e.strerror}): `make runner` builds build/gori-call") from e
+    if done.returncode:
+        raise GoriError(f"{runner} saved no prefix: {one_line(RuntimeError(done.stderr))}")
 
 
 def load_exporter() -> None:

@@ -1,8 +1,8 @@
-"""A tokenizer's pre-token pattern as data: classes of characters, and sequences of them that a small matcher tries in turn.
+"""A tokenizer's pre-token pattern as data: classes of characters, and sequences of them for a small matcher to try.
 
-The patterns of byte-level BPE tokenizers (GPT-2's, Llama 3's, Qwen's, gori's own) are alternatives of repeated character
-classes, some with a look ahead. Which characters a class holds is asked of the tokenizers library itself, character by
-character: its regex engine brings its own Unicode tables, and a second engine's would differ in some of them.
+The patterns of byte-level BPE tokenizers (GPT-2's, Llama 3's, Qwen's, gori's own) are alternatives of repeated
+character classes, some with a look ahead. Which characters a class holds is asked of the tokenizers library itself,
+character by character: its regex engine brings its own Unicode tables, and a second engine's would differ in some.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """runner.bin: what the C++ runner needs of an artifact besides the program, ready to be mapped.
 
 The tokenizer (normalizer, pattern, merges), what stands around an utterance, and the grammar of calls, as named arrays
-(gori/tables.py). A tokenizer that the runner would not read as Hugging Face's library does is refused here, with the reason.
+(gori/tables.py). A tokenizer that the runner would not read as Hugging Face's library does is refused here, with the
+reason.
 """
 
 from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any

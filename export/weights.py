@@ -42,6 +42,10 @@ class Options:
     eos_ids: tuple[int, ...]
     backend: str | None = None
     """A variant of the target's engine; None: its default."""
+    system: str = ""
+    """What stands before every utterance."""
+    runner: Path | None = None
+    """A gori-call by which keys and values of what stands before every utterance are saved in the artifact."""
 
 
 @dataclass(frozen=True)

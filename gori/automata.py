@@ -1,8 +1,8 @@
 """Byte automata of one argument's value: any text, a number in a range, a JSON object. Nothing of tokens or functions.
 
 An automaton is deterministic, complete in its table (DEAD where no value goes on) and trimmed: from every state some
-value can still be ended. What is accepted is what `gori.calls.check_call` accepts of that schema's type and range, written
-as `gori.calls.render` writes it, the space before the value included.
+value can still be ended. What is accepted is what `gori.calls.check_call` accepts of that schema's type and range,
+written as `gori.calls.render` writes it, the space before the value included.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ INTEGER_DIGITS, FRACTION_DIGITS = 15, 6
 DEPTH = 3
 """Objects and lists that may stand in one another."""
 ASCII_TEXT = frozenset(range(0x20, 0x7F))
+DIGITS = "0123456789"
+"""Not str.isdigit: to Python the byte B2, as a character, is a digit (²)."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,7 @@ def minimal(a: Automaton) -> Automaton:
 
 # --- text -------------------------------------------------------------------------------------------------------------
 
-_SPACES = [chr(c).encode() for c in range(0x110000) if not 0xD800 <= c < 0xE000 and chr(c).isspace()]
-_SPACE_BYTES = {s: True for s in _SPACES}
+_SPACES = {chr(c).encode() for c in range(0x3001) if chr(c).isspace()}
 _SPACE_PREFIXES = {s[:n] for s in _SPACES for n in range(1, len(s))}
 
 
@@ -121,7 +122,7 @@ def character(pending: tuple[bytes, int, int, int], byte: int) -> tuple[bytes, i
         return None
     so_far = so_far + bytes([byte]) if so_far else b""
     if left == 1:
-        return "space" if so_far in _SPACE_BYTES else "other"
+        return "space" if so_far in _SPACES else "other"
     return (so_far if so_far in _SPACE_PREFIXES else b""), left - 1, 0x80, 0xBF
 
 
@@ -151,7 +152,7 @@ def text() -> Automaton:
                 return "<", None
             if byte == ord("|") and last == "<":
                 return None
-            return _after(last, "space" if bytes([byte]) in _SPACE_BYTES else "other")
+            return _after(last, "space" if bytes([byte]) in _SPACES else "other")
         # what stood before a character of several bytes matters only where that may be white space
         return (last, begun) if (begun := opening(byte)) else None
 
@@ -326,11 +327,11 @@ def _number_step(where: str, c: str) -> str | None:
         return "number 0" if c == "0" else "number 1" if c in "123456789" else None
     if kind.startswith("."):
         digits = int(kind[1:] or 0)
-        return f"number .{digits + 1}" if c.isdigit() and digits < FRACTION_DIGITS else None
+        return f"number .{digits + 1}" if c in DIGITS and digits < FRACTION_DIGITS else None
     if c == ".":
         return "number ."
     digits = int(kind)
-    return f"number {digits + 1}" if c.isdigit() and 0 < digits < INTEGER_DIGITS else None
+    return f"number {digits + 1}" if c in DIGITS and 0 < digits < INTEGER_DIGITS else None
 
 
 def _closed(stack: tuple[str, ...]) -> tuple[Any, ...]:

@@ -85,6 +85,12 @@ def read_tools(path: Path) -> dict[str, Function]:
     return functions
 
 
+def read_function(entry: Any, where: str) -> Function:
+    """One function from the object under `function` of its OpenAI definition; GoriError names `where`."""
+    (function,) = _functions({"function": entry}, where)
+    return function
+
+
 def _functions(entry: Any, where: str) -> list[Function]:
     if not isinstance(entry, dict):
         raise GoriError(f"{where}: expected an object, got {type(entry).__name__}")

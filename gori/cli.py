@@ -36,7 +36,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "call": ("gori.runtime.commands:call", "One utterance, one call as JSON."),
     "chat": ("gori.runtime.commands:chat", "A conversation."),
-    "bench": ("gori.runtime.commands:bench", "Prefill and decode tokens/s, TTFT, load, peak RSS."),
+    "bench": ("gori.runtime.bench_commands:bench", "Speed and memory of artifacts, side by side."),
+    "serve": ("gori.runtime.serve_commands:serve", "OpenAI-compatible server on localhost, with a small page."),
     "doctor": ("gori.commands:doctor", "What is installed and which targets work here."),
 }
 

@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 
 from gori.artifact import read_bytes
-from gori.calls import ASSISTANT, END, SYSTEM, USER, Call, CallError, Function, check_call, read_text, render
+from gori.calls import ASSISTANT, END, SYSTEM, TOOL, USER, Call, CallError, Function, check_call, read_text, render
 from gori.errors import GoriError
 from gori.tokenizer import Tokenizer
 
 ROLES = {"user": USER, "system": SYSTEM, "assistant": ASSISTANT}
+MARKS = {**ROLES, "tool": TOOL}
+"""A conversation may also hold what a tool answered; no row of training does."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def encode(c: Conversation, tokenizer: Tokenizer) -> Example:
     for t in c.turns:
         answer = t.role == "assistant"
         said = tokenizer.encode(f" {t.content}") if t.calls is None else tokenizer.encode_markup(render(t.calls))
-        piece = [tokenizer.id(ROLES[t.role]), *said, *([tokenizer.id(END)] if answer else [])]
+        piece = [tokenizer.id(MARKS[t.role]), *said, *([tokenizer.id(END)] if answer else [])]
         ids += piece
         loss += [False] + [answer] * (len(piece) - 1)
     return Example(ids, loss)

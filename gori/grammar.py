@@ -1,12 +1,12 @@
 """What a model may say in a call, compiled to tokens: functions, their arguments, an automaton for each value.
 
-The arrays that `compile_grammar` gives are what Python (gori/runtime/constrain.py) and C++ (runtime/cpp/grammar.cpp) walk
-through; an exported artifact carries them in runner.bin. Values of few texts (enums, booleans, short ranges) are spelled as
-the tokenizer spells them, so what follows from the first tokens is known without asking the model; open values (text, other
-numbers, objects) may be spelled in any tokens. Knows nothing of sessions or of the model.
+The arrays that `compile_grammar` gives are what Python (gori/runtime/constrain.py) and C++ (runtime/cpp/grammar.cpp)
+walk through; an exported artifact carries them in runner.bin. Values of few texts (enums, booleans, short ranges) are
+spelled as the tokenizer spells them, so what follows from the first tokens is known without asking the model; open
+values (text, other numbers, objects) may be spelled in any tokens. Knows nothing of sessions or of the model.
 
-Sizes in comments: F functions, A arguments, S states of values, W of them wide (allowed tokens as a bit mask and a table of
-bytes, in place of a list), M masks, E edges, V vocabulary.
+Sizes in comments: F functions, A arguments, S states of values, W of them wide (allowed tokens as a bit mask and a
+table of bytes, in place of a list), M masks, E edges, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gori import automata, tables
 from gori.automata import DEAD, FRACTION_DIGITS, Automaton
 from gori.calls import END, NONE, Function, read_tools
 from gori.errors import GoriError
-from gori.tokenizer import Tokenizer
+from gori.tokenizer import Tokenizer, eos_ids
 
 FILE = "runner.bin"
 COPIED = "x-copied"
@@ -46,10 +46,10 @@ class Grammar:
     """See the head of this file."""
 
     arrays: dict[str, NDArray[Any]]
-    """`functions [F·3]` token, first argument, arguments · `arguments [A·3]` token, first state, flags · `edges_at [S-W+1]`,
-    `edge_token [E]`, `edge_next [E]` · `accept [S]` · `finish [S]` tokens until some value can end · `mask_of [W]` ·
-    `masks [M·⌈V/32⌉]` · `byte_class [256]` · `byte_next [W·classes]` · `marks` NONE, vocabulary, end marks … · `names`,
-    `packages`: texts of functions and arguments, packages of functions."""
+    """`functions [F·3]` token, first argument, arguments · `arguments [A·3]` token, first state, flags ·
+    `edges_at [S-W+1]`, `edge_token [E]`, `edge_next [E]` · `accept [S]` · `finish [S]` tokens until a value can end ·
+    `mask_of [W]` · `masks [M·⌈V/32⌉]` · `byte_class [256]` · `byte_next [W·classes]` · `marks` NONE, vocabulary, end
+    marks … · `names`, `packages`: texts of functions and arguments, packages of functions."""
 
     @property
     def functions(self) -> NDArray[np.uint32]:
@@ -83,13 +83,7 @@ def load_grammar(directory: Path) -> Grammar:
     tools = directory / "tools.json"
     if not tools.exists():
         raise GoriError(f"{directory} has no tools.json: constrained calls need the functions that may be called")
-    return compile_grammar(read_tools(tools), Tokenizer.load(directory), end_ids(directory))
-
-
-def end_ids(directory: Path) -> list[int]:
-    from gori.tokenizer import eos_ids
-
-    return eos_ids(directory)
+    return compile_grammar(read_tools(tools), Tokenizer.load(directory), eos_ids(directory))
 
 
 def speaks_calls(functions: Mapping[str, Function], tokenizer: Tokenizer) -> bool:

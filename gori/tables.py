@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def dump(arrays: Arrays) -> bytes:
     entries, body = [], []
     for name, array in arrays.items():
         flat = np.ascontiguousarray(array).reshape(-1)
-        assert flat.dtype.kind == "u" and len(name) < 24, name
+        assert flat.dtype.kind == "u", name
+        assert len(name.encode()) < 24, name
         raw = flat.astype(TYPES[flat.itemsize]).tobytes()
         entries.append(ENTRY.pack(name.encode(), flat.itemsize, 0, offset, flat.size))
         body.append(raw + b"\0" * (_aligned(len(raw)) - len(raw)))
@@ -73,4 +75,4 @@ def strings(texts: Sequence[str | bytes], name: str) -> dict[str, NDArray[Any]]:
 def bytes_of(arrays: Arrays, name: str) -> list[bytes]:
     """The inverse of `strings`."""
     raw, at = arrays[name].tobytes(), arrays[f"{name}_at"].tolist()
-    return [raw[a:b] for a, b in zip(at, at[1:], strict=False)]
+    return [raw[a:b] for a, b in pairwise(at)]

@@ -21,6 +21,8 @@ from gori.calls import END, PAD, Function, special_tokens
 from gori.errors import GoriError
 
 FILE, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+SYSTEM_FILE = "system.txt"
+"""What an exported model is told before every utterance."""
 FILES = (FILE, CONFIG, TEMPLATE, "generation_config.json", "tools.json")
 PATTERN = r" ?[가-힣]| ?[^\s\p{N}\p{P}\p{S}가-힣]+| ?\p{N}{1,2}| ?[\p{P}\p{S}]|\s"
 

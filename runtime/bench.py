@@ -1,75 +1,187 @@
-"""How fast and how large a Session is: load, prefill, decode, first token, resident memory. No torch of its own."""
+"""How fast and how large artifacts are, side by side: each round is a fresh process for each of them in turn.
+
+A B A B…: what disturbs a machine for seconds disturbs neighbours in a round alike, so the ratio is taken in each round
+and its median is what is told. Knows what a round gives (bench_round), not how an engine is timed, and nothing of
+tables. No torch.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
-import time
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gori import console
-from gori.runtime.session import Session, open_session
+from gori.errors import GoriError
+from gori.runtime.bandwidth import ONE_THREAD, last_level_cache_bytes
+from gori.runtime.litert_lm import BUNDLE
+from gori.runtime.session import find_engine, open_session
+from gori.runtime.step_bytes import step_bytes
+
+Round = dict[str, Any]
+"""What one process measured; the keys are those of bench_round.run."""
+LONGEST_S = 900.0
+"""A round that takes longer is given up."""
+FACTS = ("engine", "engine_version", "threads", "file_bytes", "context", "stand_in", "prompt_skipped")
+SIZES = ("load_ms", "rss_mib", "peak_rss_mib")
 
 
-def _times_ms(run: Callable[[], object], repeats: int) -> list[float]:
-    out = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        run()
-        out.append((time.perf_counter() - began) * 1e3)
-    return out
+@dataclass(frozen=True)
+class Entry:
+    """One of those that are compared."""
+
+    label: str
+    measure: Callable[[], Round]
+    """One round, in a process of its own."""
+    path: Path | None = None
+    """The artifact, beside which config.json says what a step must read."""
 
 
-def percentiles(times_ms: Sequence[float]) -> dict[str, float]:
-    """p50 and p95 of milliseconds."""
+def entry(path: Path, threads: int | None, prompts: Sequence[int], decoded: int) -> Entry:
+    """An artifact that a Session or LiteRT-LM runs; GoriError, before anything is measured, where nothing opens it."""
+    bundle = path.suffix == Path(BUNDLE).suffix and path.is_file()
+    if not bundle and find_engine(path)[0] is None:
+        open_session(path)  # says what is wrong with it
+    return Entry(str(path), lambda: one_round(path, threads, prompts, decoded), path)
+
+
+def one_round(path: Path, threads: int | None, prompts: Sequence[int], decoded: int) -> Round:
+    """A round of an artifact in a fresh process."""
+    arguments = [str(path), "--decode", str(decoded), *(a for n in prompts for a in ("--prompt", str(n)))]
+    arguments += [] if threads is None else ["--threads", str(threads)]
+    return printed([sys.executable, "-m", "gori.runtime.bench_round", *arguments], str(path))
+
+
+def bandwidth(threads: Sequence[int]) -> Round:
+    """The machine's read bandwidth now, in a fresh process; see gori.runtime.bandwidth."""
+    arguments = [a for n in threads for a in ("--threads", str(n))]
+    command = [sys.executable, "-m", "gori.runtime.bandwidth", *arguments]
+    return printed(command, "the read bandwidth", {**os.environ, **ONE_THREAD})
+
+
+def printed(command: Sequence[str], what: str, environment: dict[str, str] | None = None) -> Any:
+    """The JSON that a process prints; GoriError with the last line of its stderr if it fails."""
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=LONGEST_S,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+        )
+    except subprocess.TimeoutExpired as e:
+        raise GoriError(f"{what} was not measured within {LONGEST_S:.0f} s: ask for shorter prompts") from e
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+        raise GoriError(f"{what} could not be measured: {lines[-1]}")
+    return json.loads(done.stdout)
+
+
+def compare(entries: Sequence[Entry], rounds: int) -> dict[str, Any]:
+    """Measure all in turn, `rounds` times, and the read bandwidth once a round.
+
+    Of every time the median over rounds of a round's median; `against_first` has the first one's time over this one's
+    (above 1: this one is faster; memory: this one's over the first's), the median of the rounds' ratios and their
+    lowest and highest.
+    """
+    measured: list[list[Round]] = [[] for _ in entries]
+    read: list[Round] = []
+    with console.steps("bench", rounds * len(entries)) as bar:
+        for i in range(rounds):
+            for k, e in enumerate(entries):
+                measured[k].append(e.measure())
+                bar.update(i * len(entries) + k + 1, f"round {i + 1}, {e.label}")
+            read.append(bandwidth(sorted({1, *(m[0]["threads"] for m in measured)})))
     return {
-        "p50_ms": round(statistics.median(times_ms), 3),
-        "p95_ms": round(float(np.quantile(times_ms, 0.95)), 3),
+        "rounds": rounds,
+        "cores": cores(),
+        "bandwidth": {
+            "buffer_bytes": read[0]["buffer_bytes"],
+            "last_level_cache_bytes": last_level_cache_bytes(),
+            "gb_per_s": {n: round(max(r["gb_per_s"][n] for r in read), 2) for n in read[0]["gb_per_s"]},
+        },
+        "artifacts": [
+            {**described(e, found, read), **({"against_first": against(measured[0], found)} if k else {})}
+            for k, (e, found) in enumerate(zip(entries, measured, strict=True))
+        ],
     }
 
 
-def bench(path: Path, threads: int | None, prompts: Sequence[int], decode_tokens: int, repeats: int) -> dict[str, Any]:
-    """Measure one artifact. `prompts` are prefill lengths in tokens; those that do not fit the context are left out and
-    named. Token ids are random but the same for every artifact of one vocabulary size."""
-    began = time.perf_counter()
-    session = open_session(path, threads)
-    load_ms = (time.perf_counter() - began) * 1e3
-    info = session.info
-    ids = np.random.default_rng(0).integers(0, info.vocab_size, info.context).tolist()
-    fitting = [n for n in prompts if n < info.context]
-    out: dict[str, Any] = {
-        "engine": info.engine,
-        "engine_version": info.engine_version,
-        "threads": info.threads,
-        "file_bytes": info.file_bytes,
-        "load_ms": round(load_ms, 1),
-        "prefill": {str(n): _prefill(session, ids[:n], repeats) for n in fitting},
-        "prefill_skipped": [n for n in prompts if n not in fitting],
-        "decode": _decode(session, ids, decode_tokens, repeats),
-        "peak_rss_mib": round(console.peak_rss_mib(), 1),
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def described(e: Entry, found: Sequence[Round], read: Sequence[Round]) -> dict[str, Any]:
+    """One artifact's figures."""
+    first = found[0]
+    body = {"path": e.label, **{k: first[k] for k in FACTS}}
+    for k in SIZES:
+        body[k] = None if first[k] is None else round(statistics.median(r[k] for r in found), 2)
+    body["prefill"] = {n: row([r["prefill_ms"][n] for r in found], int(n)) for n in first["prefill_ms"]}
+    body["first_token"] = row([r["first_token_ms"] for r in found])
+    body["first_token_prompt"], body["decode_tokens"] = first["first_token_prompt"], first["decode_tokens"]
+    body["decode"] = row([r["decode_ms"] for r in found], 1)
+    return body | {"step": step(e, found, read)}
+
+
+def row(rounds_ms: Sequence[Sequence[float]], tokens: int | None = None) -> dict[str, float] | None:
+    """Milliseconds: the median of the rounds' medians, their lowest and highest, the 95th percentile of all; None if
+    nothing was timed."""
+    if not rounds_ms[0]:
+        return None
+    medians = [statistics.median(r) for r in rounds_ms]
+    p50 = statistics.median(medians)
+    out = {"p50_ms": p50, "low_ms": min(medians), "high_ms": max(medians)}
+    out["p95_ms"] = float(np.quantile([t for r in rounds_ms for t in r], 0.95))
+    rate = {} if tokens is None else {"tokens_per_second": round(tokens / p50 * 1e3, 1)}
+    return {k: round(v, 4) for k, v in out.items()} | rate
+
+
+def step(e: Entry, found: Sequence[Round], read: Sequence[Round]) -> dict[str, Any]:
+    """Bytes that a decoded token must read, how many a second that makes, and the share of what the machine read in
+    the same round with as many threads."""
+    counted = step_bytes(e.path) if e.path else "it is no artifact of gori"
+    if isinstance(counted, str):
+        return {"unknown": counted}
+    first = found[0]
+    size = counted.at(first["first_token_prompt"] + (first["decode_tokens"] + 1) / 2)
+    rates = [size / statistics.median(r["decode_ms"]) / 1e6 for r in found]
+    threads = str(first["threads"])
+    shares = [rate / r["gb_per_s"][threads] for rate, r in zip(rates, read, strict=True)]
+    return {"bytes": size, "gb_per_s": round(statistics.median(rates), 2), "of_bandwidth": spread(shares)}
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, lowest, highest."""
+    found = {"median": statistics.median(values), "low": min(values), "high": max(values)}
+    return {k: round(v, 3) for k, v in found.items()}
+
+
+def against(first: Sequence[Round], other: Sequence[Round]) -> dict[str, Any]:
+    """Ratios of what both have, round by round."""
+
+    def faster(take: Callable[[Round], list[float] | None]) -> dict[str, float] | None:
+        pairs = [(take(a), take(b)) for a, b in zip(first, other, strict=True)]
+        ratios = [statistics.median(a) / statistics.median(b) for a, b in pairs if a and b]
+        return spread(ratios) if ratios else None
+
+    lengths = [n for n in first[0]["prefill_ms"] if n in other[0]["prefill_ms"]]
+    memory = [b["rss_mib"] / a["rss_mib"] for a, b in zip(first, other, strict=True) if a["rss_mib"] and b["rss_mib"]]
+    return {
+        "prefill": {n: faster(lambda r, n=n: r["prefill_ms"][n]) for n in lengths},
+        "decode": faster(lambda r: r["decode_ms"]),
+        "first_token": faster(lambda r: r["first_token_ms"]),
+        "load": faster(lambda r: None if r["load_ms"] is None else [r["load_ms"]]),
+        "rss": spread(memory) if memory else None,
     }
-    return out
-
-
-def _prefill(session: Session, ids: list[int], repeats: int) -> dict[str, float]:
-    def run() -> None:
-        session.reset()
-        session.prefill(ids)
-
-    run()
-    times = _times_ms(run, repeats)
-    return {**percentiles(times), "tokens_per_second": round(len(ids) / statistics.median(times) * 1e3, 1)}
-
-
-def _decode(session: Session, ids: list[int], count: int, repeats: int) -> dict[str, float]:
-    """Times of single tokens after a short prompt; `ids` fill the context, which bounds how many there are."""
-    times, prompt = [], min(16, len(ids) // 2)
-    for _ in range(repeats):
-        session.reset()
-        session.prefill(ids[:prompt])
-        for token in ids[prompt : prompt + count]:
-            times += _times_ms(lambda token=token: session.decode(token), 1)
-    return {**percentiles(times), "tokens_per_second": round(1e3 / statistics.median(times), 1)}

@@ -1,13 +1,14 @@
-"""A model that answers with calls: session, tokenizer and grammar of one artifact behind one function. No torch of its own.
+"""A model that answers with calls: session, tokenizer and grammar of one artifact behind one function.
 
-What `gori call`, `gori serve` and tests use. An answer is constrained to calls that fit their schemas, or free; tokens that
-the grammar leaves no choice about are not asked of the model but read together with what follows.
+What `gori call`, `gori serve` and tests use. An answer is constrained to calls that fit their schemas, or free; tokens
+that the grammar leaves no choice about are not asked of the model but read together with what follows. No torch of its
+own.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,14 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gori.calls import Call, CallError, Function, parse
+from gori.calls import Call, CallError, Function, parse, read_tools
 from gori.data import Conversation, Turn, encode, prompt_ids
 from gori.errors import GoriError
 from gori.grammar import load_grammar, speaks_calls
-from gori.runtime.constrain import Constraint, Vocabulary, choose_allowed
+from gori.runtime.constrain import MOST_CALLS, Constraint, PromptError, Vocabulary, choose_allowed
 from gori.runtime.generate import Pick, Utf8Stream, generate, picker
 from gori.runtime.session import Session, Snapshot, open_session
-from gori.tokenizer import Tokenizer, eos_ids
+from gori.tokenizer import SYSTEM_FILE, Tokenizer, eos_ids
 
 MOST = 256
 """Tokens of an answer at most, its end mark among them."""
@@ -57,16 +58,18 @@ class Caller:
     def __init__(self, session: Session, tokenizer: Tokenizer, directory: Path, functions: dict[str, Function]) -> None:
         self.session, self.tokenizer, self.directory, self.functions = session, tokenizer, directory, functions
         self.ends = eos_ids(directory)
+        system = directory / SYSTEM_FILE
+        self.system = system.read_text(encoding="utf-8") if system.exists() else ""
         self.speaks_calls = bool(functions) and speaks_calls(functions, tokenizer)
 
     @classmethod
-    def open(cls, path: Path, threads: int | None = None) -> Caller:
+    def open(cls, path: Path, threads: int | None = None, kv: str | None = None) -> Caller:
         """Open an artifact or a checkpoint with its engine; GoriError where its tokenizer is not beside it."""
-        from gori.runtime.evaluation import folder_of, functions_of
-
-        directory = folder_of(Path(path))
-        functions = functions_of(directory) if (directory / "tools.json").exists() else {}
-        return cls(open_session(path, threads), Tokenizer.load(directory), directory, functions)
+        path = Path(path)
+        directory = path.parent if path.is_file() else path
+        tools = directory / "tools.json"
+        functions = read_tools(tools) if tools.exists() else {}
+        return cls(open_session(path, threads, kv), Tokenizer.load(directory), directory, functions)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -86,24 +89,34 @@ class Caller:
         pick: Pick | None = None,
         on_text: Callable[[str], None] | None = None,
         cancelled: Callable[[], bool] = lambda: False,
+        only: Collection[str] | None = None,
+        must_call: bool = False,
+        most_calls: int = MOST_CALLS,
     ) -> Answer:
-        """Answer the last user's turn of a conversation. `pick` chooses from logits `[V]` (default: the likeliest),
+        """Answer the last user's turn of a conversation, which begins with the artifact's system.txt unless it begins
+        with a system turn of its own. `pick` chooses from logits `[V]` (default: the likeliest),
         `on_text` is given pieces of the text as they are whole, `cancelled` is asked before each token and ends the
-        answer where it stands. Raises GoriError where the prompt leaves no room for an answer."""
+        answer where it stands. Of a constrained answer, `only` are the functions that may be called (None: all),
+        `must_call` forbids to say that none fits. Raises PromptError where the prompt leaves no room for an answer."""
         began = time.perf_counter()
+        if self.system and turns[0].role != "system":
+            turns = (Turn("system", self.system), *turns)
         prompt = prompt_ids(Conversation((*turns, Turn("assistant", None, ()))), self.tokenizer)
         room = self.session.info.context - len(prompt) + 1
         if room < 2:
-            raise GoriError(
+            raise PromptError(
                 f"the prompt has {len(prompt)} tokens, the context holds {self.session.info.context}: "
                 "shorten it, or export with a larger --context"
             )
         said = self._prefix(turns)
         self.session.restore(Snapshot(tuple(said)))
         out = Answer("", None, [], len(prompt), False)
-        tokens = (self._constrained if constrained else self._free)(
-            prompt[len(said) :], turns, min(most, room), pick or picker(), out
-        )
+        prompt, budget, pick = prompt[len(said) :], min(most, room), pick or picker()
+        if constrained:
+            constraint = self._constraint(turns, budget, only, must_call, most_calls)
+            tokens = self._constrained(prompt, constraint, pick, out)
+        else:
+            tokens = generate(self.session, prompt, (), max_new=budget, pick=pick)
         stream = Utf8Stream(self.tokenizer)
         for token in tokens:
             out.first_token_ms = out.first_token_ms or (time.perf_counter() - began) * 1e3
@@ -138,14 +151,16 @@ class Caller:
         except CallError:
             return None
 
-    def _free(self, prompt: list[int], turns: Sequence[Turn], budget: int, pick: Pick, out: Answer) -> Iterator[int]:
-        yield from generate(self.session, prompt, (), max_new=budget, pick=pick)
+    def _constraint(
+        self, turns: Sequence[Turn], budget: int, only: Collection[str] | None, must_call: bool, most_calls: int
+    ) -> Constraint:
+        said = self.tokenizer.normalize(Conversation(tuple(turns)).utterance)
+        of = self.vocabulary.function_of
+        places = None if only is None else {of[self.tokenizer.id(f"<|call:{name}|>")] for name in only}
+        return Constraint(self.vocabulary, said, budget, places, must_call, most_calls)
 
-    def _constrained(
-        self, prompt: list[int], turns: Sequence[Turn], budget: int, pick: Pick, out: Answer
-    ) -> Iterator[int]:
-        said = self.tokenizer.normalize(turns[-1].content or "")
-        constraint, pending = Constraint(self.vocabulary, said, budget), list(prompt)
+    def _constrained(self, prompt: list[int], constraint: Constraint, pick: Pick, out: Answer) -> Iterator[int]:
+        pending = list(prompt)
         while not constraint.done:
             token = constraint.forced()
             if token is not None:

@@ -1,4 +1,4 @@
-"""`gori call`, `gori chat`, `gori eval`, `gori bench`."""
+"""`gori call`, `gori chat`, `gori eval`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 artifact_argument = click.argument("artifact", type=click.Path(path_type=Path))
 threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads; default: the engine's choice.")
+kv_option = click.option(
+    "--kv", type=click.Choice(["float32", "q8_0"]), help="What a .gguf's keys and values are kept in."
+)
 sampling = (
     click.option("--seed", type=int, help="Sample with this seed; default: greedy."),
     click.option("--temperature", type=float, default=1.0, show_default=True),
@@ -35,10 +38,10 @@ def sampled(command: Any) -> Any:
     return command
 
 
-def _caller(artifact: Path, threads: int | None) -> Caller:
+def _caller(artifact: Path, threads: int | None, kv: str | None) -> Caller:
     from gori.runtime.caller import Caller
 
-    return Caller.open(artifact, threads)
+    return Caller.open(artifact, threads, kv)
 
 
 @click.command(epilog='Example: gori call demo/export/executorch "조수석 창문 반만 열어줘"')
@@ -47,17 +50,25 @@ def _caller(artifact: Path, threads: int | None) -> Caller:
 @click.option("--gleo", is_flag=True, help="Gleo's action JSON: packageName, action, actionParameters.")
 @click.option("--free", is_flag=True, help="Let the model say anything; an answer that is no call is then an error.")
 @threads_option
+@kv_option
 @sampled
 @json_option
 def call(
-    artifact: Path, utterance: str, gleo: bool, free: bool, threads: int | None, as_json: bool, **how: Any
+    artifact: Path,
+    utterance: str,
+    gleo: bool,
+    free: bool,
+    threads: int | None,
+    kv: str | None,
+    as_json: bool,
+    **how: Any,
 ) -> None:
     """Answer one UTTERANCE with the function call that ARTIFACT makes of it, as JSON."""
     from gori.runtime.generate import picker
 
     if not utterance.strip():
         raise GoriError("the utterance is empty: say something")
-    caller = _caller(artifact, threads)
+    caller = _caller(artifact, threads, kv)
     answer = caller.call(utterance, constrained=not free, pick=picker(**how))
     if answer.calls is None:
         try:
@@ -82,12 +93,13 @@ def call(
 @click.command(epilog="Example: gori chat demo/export/executorch  ·  /reset forgets, /quit or Ctrl-D ends.")
 @artifact_argument
 @threads_option
+@kv_option
 @sampled
-def chat(artifact: Path, threads: int | None, **how: Any) -> None:
+def chat(artifact: Path, threads: int | None, kv: str | None, **how: Any) -> None:
     """Talk with ARTIFACT turn by turn; answers appear as they are made."""
     from gori.runtime.generate import picker
 
-    caller, turns = _caller(artifact, threads), []
+    caller, turns = _caller(artifact, threads, kv), []
     for line in _lines():
         if line == "/reset":
             turns = []
@@ -130,6 +142,9 @@ def _lines() -> Iterator[str]:
 @click.option("--gate", "gates", multiple=True, help="Exit 3 where a figure misses a bound, as in 'calls >= 0.99'.")
 @click.option("--rows", type=click.IntRange(1), help="So many of each file, drawn from a fixed seed; default: all.")
 @click.option(
+    "--constrained", is_flag=True, help="Answers of MODEL that can be nothing but calls, as `gori call` makes."
+)
+@click.option(
     "--failures", type=click.IntRange(0), default=0, help="Print so many rows that were not exact, on stderr."
 )
 @threads_option
@@ -141,6 +156,7 @@ def evaluate_command(
     against: Path | None,
     gates: tuple[str, ...],
     rows: int | None,
+    constrained: bool,
     failures: int,
     threads: int | None,
     as_json: bool,
@@ -158,7 +174,7 @@ def evaluate_command(
         known = [{"split": s, "language": c.language} for s, some in tests.items() for c in some]
         report.rehearse(wanted, known, against is not None)
     tokens, theirs = _reference(model, against, tests, functions, threads) if against else ({}, None)
-    answers = evaluate_model(model, tests, functions, model.name, threads)
+    answers = evaluate_model(model, tests, functions, model.name, threads, constrained=constrained)
     body = report.body(answers, theirs, functions, tokens)
     verdicts = report.judge(wanted, body)
     for a in [a for a in answers if not a["exact"]][:failures]:
@@ -182,28 +198,3 @@ def _reference(
 
     tokens = compare(model, against, [c for some in tests.values() for c in some], threads)
     return tokens, evaluate_model(against, tests, functions, against.name, threads, rounding_of(model))
-
-
-@click.command(epilog="Example: gori bench demo/export/executorch --threads 1")
-@artifact_argument
-@threads_option
-@click.option("--prompt", "prompts", multiple=True, type=click.IntRange(1), default=(32, 128, 512), show_default=True)
-@click.option("--decode", "decode_tokens", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--repeats", type=click.IntRange(1), default=10, show_default=True)
-@json_option
-def bench(
-    artifact: Path, threads: int | None, prompts: tuple[int, ...], decode_tokens: int, repeats: int, as_json: bool
-) -> None:
-    """Prefill and decode tokens/s, load time and peak RSS of ARTIFACT on this machine."""
-    from gori.runtime.bench import bench as run
-
-    body = run(artifact, threads, prompts, decode_tokens, repeats)
-    lines = [f"{body['engine']} {body['engine_version']}, {body['threads']} threads, {body['file_bytes']:,} bytes"]
-    lines.append(f"load {body['load_ms']} ms, peak RSS {body['peak_rss_mib']} MiB")
-    for name, row in [*((f"prefill({n})", r) for n, r in body["prefill"].items()), ("decode", body["decode"])]:
-        lines.append(
-            f"{name:<13} {row['tokens_per_second']:>10,.1f} tok/s  p50 {row['p50_ms']} ms  p95 {row['p95_ms']} ms"
-        )
-    if body["prefill_skipped"]:
-        lines.append(f"prefill of {body['prefill_skipped']} tokens exceeds the context and was not measured")
-    console.result(body, as_json, "\n".join(lines))

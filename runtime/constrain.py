@@ -1,14 +1,15 @@
 """What may be said next while a model answers with calls: the walk through a grammar (gori/grammar.py), token by token.
 
 Every answer that ends is a list of calls that parses and fits its schemas, and every answer ends within its budget of
-tokens: a token after which the shortest ending would not fit any more is not allowed. runtime/cpp/grammar.cpp is the same
-walk; a test compares the two step by step. No torch.
+tokens: a token after which the shortest ending would not fit any more is not allowed. runtime/cpp/grammar.cpp is the
+same walk; a test compares the two step by step. No torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,10 @@ from gori.grammar import COPY, NOWHERE, REPEATS, REQUIRED, Grammar, open_automat
 MOST_CALLS = 8
 """Calls of one answer."""
 NEVER = 1 << 30
+
+
+class PromptError(GoriError):
+    """What was asked leaves no room for an answer; the model and its engine are well."""
 
 
 class Vocabulary:
@@ -45,7 +50,7 @@ class Vocabulary:
         self.edges: list[dict[int, int]] = []
         at = a["edges_at"].tolist()
         tokens, after = a["edge_token"].tolist(), a["edge_next"].tolist()
-        for begin, end in zip(at, at[1:], strict=False):
+        for begin, end in pairwise(at):
             self.edges.append(dict(zip(tokens[begin:end], after[begin:end], strict=True)))
         self.longest_wide = max((f for f in self.finish[: self.wide] if f != NOWHERE), default=0)
 
@@ -71,19 +76,20 @@ class Utterance:
         after_space = int(any_text.next[0, 0x20])
         self.beginnings: list[int] = []
         """Where a value can begin: at a character that is no white space."""
+        end = len(text)
         for place in range(len(text) - 1, -1, -1):
-            if not self._starts(place):  # inside a character
-                self.reach[place] = 1 + (0 if self._starts(place + 1) else self.reach[place + 1])
+            if not self._starts(place):
                 continue
-            state, end = after_space, place
-            while state >= 0 and end < len(text) and (end == place or not self._starts(end)):
-                state = int(any_text.next[state, text[end]])
-                end += 1
-            if state >= 0 and any_text.accept[state]:
-                self.reach[place] = end - place
+            state = after_space
+            for byte in text[place:end]:
+                state = int(any_text.next[state, byte]) if state >= 0 else state
+            said = state >= 0 and bool(any_text.accept[state])
+            # white space ends no value, so from inside it the character behind it is read, too
+            for inside in range(place, end):
+                self.reach[inside] = min(NEVER, end - inside + (0 if said else self.reach[end]))
+            if said:
                 self.beginnings.append(place)
-            else:  # white space: as far as it goes, and the character behind it
-                self.reach[place] = min(NEVER, end - place + self.reach[end])
+            end = place
         self.beginnings.reverse()
         self.shortest = 1 + min((self.reach[p] for p in self.beginnings), default=NEVER)
         """Tokens that a value of one character may need, the space before it included."""
@@ -96,11 +102,22 @@ class Utterance:
 class Constraint:
     """One answer. `allowed` says what may follow, `advance` says what did."""
 
-    def __init__(self, vocabulary: Vocabulary, utterance: str, budget: int) -> None:
-        """`budget` counts the tokens of the whole answer, the end mark among them. Raises GoriError where none fits."""
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        utterance: str,
+        budget: int,
+        only: Collection[int] | None = None,
+        must_call: bool = False,
+        most_calls: int = MOST_CALLS,
+    ) -> None:
+        """`budget` counts the tokens of the whole answer, the end mark among them. `only` are the functions that may be
+        called, by their place in the grammar (None: all), `must_call` forbids to say that none fits. Raises
+        PromptError where no answer fits."""
         if budget < 2:
-            raise GoriError(f"an answer of {budget} tokens cannot say even that no function fits: allow 2 or more")
+            raise PromptError(f"an answer of {budget} tokens cannot say even that no function fits: allow 2 or more")
         self.v, self.left = vocabulary, budget
+        self._only, self._must_call, self._most_calls = only, must_call, most_calls
         self.done = False
         self.function, self.argument, self.state = -1, -1, -1
         self.used = 0
@@ -108,6 +125,10 @@ class Constraint:
         self.said_none = False
         self._said = utterance.encode()
         self._places: list[int] = []
+        if must_call and not self.allowed()[0]:
+            need = min((need for _, need in self._calls()), default=NEVER)
+            short = f"the shortest needs {need + 1}" if need < NEVER else "none can be made of these words"
+            raise PromptError(f"an answer of {budget} tokens has to be a call, but {short}: allow more, or no call")
 
     # --- what may follow ---
 
@@ -146,7 +167,8 @@ class Constraint:
     def _structural(self) -> Iterator[tuple[int, int]]:
         """Special tokens that may follow here, each with what an ending after it needs."""
         if self.function < 0:
-            yield self.v.none, 1
+            if not self._must_call:
+                yield self.v.none, 1
             yield from self._calls()
             return
         if self.state >= 0 and not self._accepts():
@@ -162,12 +184,13 @@ class Constraint:
                 yield token, missing + need - (1 + need if not seen and flags & REQUIRED else 0)
         if complete:
             yield from ((t, 0) for t in self.v.ends)
-            if self.calls < MOST_CALLS:
+            if self.calls < self._most_calls:
                 yield from self._calls()
 
     def _calls(self) -> Iterator[tuple[int, int]]:
         for i, (token, _, _) in enumerate(self.v.functions):
-            yield token, self._missing(i, 0) + 1
+            if self._only is None or i in self._only:
+                yield token, self._missing(i, 0) + 1
 
     def _missing(self, function: int, used: int) -> int:
         """Tokens of the required arguments that are not used yet."""

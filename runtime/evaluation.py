@@ -17,6 +17,7 @@ from gori.calls import Function, plain, read_tools, render
 from gori.data import Conversation, read_conversations
 from gori.errors import GoriError
 from gori.runtime import forced
+from gori.runtime.caller import Caller
 from gori.runtime.session import find_engine, open_session
 from gori.statistics import token_fidelity
 from gori.targets import PARITY
@@ -62,19 +63,34 @@ def evaluate_model(
     label: str,
     threads: int | None = None,
     rounding: str = "scheme",
+    constrained: bool = False,
 ) -> list[dict[str, Any]]:
-    """One dictionary a row: split, utterance, language, wanted and given answer, and whether they are the same call."""
-    generate, tokenizer = generator(directory, threads, rounding), Tokenizer.load(folder_of(directory))
+    """One dictionary a row: split, utterance, language, wanted and given answer, and whether they are the same call.
+
+    `constrained` answers can be nothing but calls of the model's own tools, and are made one by one."""
+    tokenizer = Tokenizer.load(folder_of(directory))
+    if constrained:
+        caller = Caller.open(directory, threads)
+    else:
+        generate = generator(directory, threads, rounding)
     todo = [(split, c) for split, conversations in tests.items() for c in conversations]
-    step = SLICE if is_artifact(directory) else len(todo)  # a decoder's batches are fullest over all rows at once
+    one_by_one = constrained or is_artifact(directory)
+    step = SLICE if one_by_one else len(todo)  # a decoder's batches are fullest over all rows at once
     rows: list[dict[str, Any]] = []
     with console.steps(f"evaluate {label}", len(todo)) as bar:
         for start in range(0, len(todo), step):
             part = todo[start : start + step]
-            scored = evaluate.score([c for _, c in part], generate, tokenizer, functions)
+            conversations = [c for _, c in part]
+            answers = caller_answers(caller, conversations) if constrained else generate
+            scored = evaluate.score(conversations, answers, tokenizer, functions)
             rows += [_row(split, s) for (split, _), s in zip(part, scored, strict=True)]
             bar.update(len(rows), f"exact {sum(r['exact'] for r in rows) / len(rows):.3f}")
     return rows
+
+
+def caller_answers(caller: Caller, rows: Sequence[Conversation]) -> evaluate.Generate:
+    """Constrained answers to these rows, whatever the prompts: the caller makes them itself."""
+    return lambda _: [caller.answer(c.turns[:-1], most=evaluate.MAX_NEW_TOKENS).ids for c in rows]
 
 
 def _row(split: str, s: evaluate.Scored) -> dict[str, Any]:

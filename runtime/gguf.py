@@ -126,6 +126,10 @@ def check() -> None:
     load_engine()
 
 
+KV_TYPES = {"float32": 0, "q8_0": 8}
+"""ggml's numbers of the types that keys and values are kept in."""
+
+
 class GgufSession(Session):
     """One loaded model and its cache; see Session."""
 
@@ -164,8 +168,8 @@ def open_directory(directory: Path, threads: int | None) -> GgufSession:
     return open_gguf(directory / GGUF, threads)
 
 
-def open_gguf(file: Path, threads: int | None) -> GgufSession:
-    """Load a .gguf, gori's or another's.
+def open_gguf(file: Path, threads: int | None, kv: str = "float32") -> GgufSession:
+    """Load a .gguf, gori's or another's. `kv` is what keys and values are kept in: float32, or q8_0, a quarter of it.
 
     Raises GoriError for a file that is damaged as far as its head shows it, and for one that llama.cpp does not load.
     """
@@ -180,7 +184,7 @@ def open_gguf(file: Path, threads: int | None) -> GgufSession:
     if not model:
         raise GoriError(f"{file} is not a GGUF that this llama.cpp loads ({_said()}): export it again")
     tokens = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
-    context = lib.llama_init_from_model(model, context_settings(lib, info)) if tokens == info.vocab_size else None
+    context = lib.llama_init_from_model(model, context_settings(lib, info, kv)) if tokens == info.vocab_size else None
     if not context:
         lib.llama_model_free(model)
         why = _said() if tokens == info.vocab_size else f"it names {tokens} tokens, its table has {info.vocab_size}"
@@ -191,13 +195,15 @@ def open_gguf(file: Path, threads: int | None) -> GgufSession:
     return GgufSession(lib, model, context, info)
 
 
-def context_settings(library: Any, info: SessionInfo) -> _Struct:
-    """Float32 keys and values, and attention computed whole, as the eager model has it."""
+def context_settings(library: Any, info: SessionInfo, kv: str) -> _Struct:
+    """Float32 keys and values and attention computed whole, as the eager model has it; or q8_0, which llama.cpp keeps
+    for flash attention alone."""
     p = library.llama_context_default_params()
     for at, value in ((N_CTX, info.context), (N_BATCH, info.chunk), (N_UBATCH, info.chunk)):
         p.set(at, value)
-    for at in (FLASH_ATTENTION, TYPE_K, TYPE_V):
-        p.set(at, 0)
+    p.set(FLASH_ATTENTION, int(kv != "float32"))
+    for at in (TYPE_K, TYPE_V):
+        p.set(at, KV_TYPES[kv])
     return p
 
 

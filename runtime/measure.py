@@ -63,13 +63,13 @@ def times_ms(session: Session, prompt: list[int], after: list[int], repeats: int
     found = []
     for _ in range(repeats + 1):
         session.reset()
-        prefill = _took_ms(lambda: session.prefill(prompt))
-        found.append((prefill, sum(_took_ms(lambda t=t: session.decode(t)) for t in after)))
+        prefill = took_ms(lambda: session.prefill(prompt))
+        found.append((prefill, sum(took_ms(lambda t=t: session.decode(t)) for t in after)))
     prefills, decodes = zip(*found[1:], strict=True)
     return statistics.median(prefills), statistics.median(decodes)
 
 
-def _took_ms(run: Callable[[], object]) -> float:
+def took_ms(run: Callable[[], object]) -> float:
     began = time.perf_counter()
     run()
     return (time.perf_counter() - began) * 1e3

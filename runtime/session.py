@@ -155,18 +155,22 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i in range(n) if a[i] != b[i]), n)
 
 
-def open_session(path: Path | str, threads: int | None = None) -> Session:
+def open_session(path: Path | str, threads: int | None = None, kv: str | None = None) -> Session:
     """Open an artifact directory, an artifact file or a checkpoint folder with the engine that runs it.
 
-    `threads=None` leaves the choice to the engine; `Session.info.threads` says what it is. Raises GoriError where
-    nothing that gori runs lies at `path`, or where the engine's package is not installed.
+    `threads=None` leaves the choice to the engine; `Session.info.threads` says what it is. `kv` is what keys and values
+    are kept in where the engine has a choice: llama.cpp alone, float32 or q8_0. Raises GoriError where nothing that
+    gori runs lies at `path`, or where the engine's package is not installed.
     """
     path = Path(path)
     if threads is not None and threads < 1:
         raise GoriError(f"{threads} threads cannot compute: choose 1 or more")
     engine, file = find_engine(path)
     if engine is not None:
-        return getattr(importlib.import_module(engine.module), engine.opener)(file, threads)
+        if kv and engine.name != "llama.cpp":
+            raise GoriError(f"{engine.name} keeps keys and values in float32 alone: --kv is of .gguf files")
+        opener = getattr(importlib.import_module(engine.module), engine.opener)
+        return opener(file, threads, kv) if kv else opener(file, threads)
     if (path / PARITY).exists():
         raise GoriError(
             f"{path} was exported for an engine that does not run here: `gori verify {path}` runs its stand-in"

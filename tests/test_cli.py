@@ -296,7 +296,7 @@ def test_a_group_that_does_not_divide_is_refused_and_nothing_is_written(
     assert os.listdir(tmp_path) == []
 
 
-def test_a_checkpoint_is_quantized_evaluated_asked_and_timed(
+def test_a_checkpoint_is_quantized_evaluated_and_asked(
     student: Path, toy: Path, tmp_path: Path, gori: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code, out, _ = gori("quantize", student, "--scheme", "8da4w", "--out", tmp_path / "q", "--json")
@@ -309,11 +309,6 @@ def test_a_checkpoint_is_quantized_evaluated_asked_and_timed(
     assert body["kl_mean"] > 0
     refused(gori("call", tmp_path / "q", " "), "the utterance is empty")
     refused(gori("call", tmp_path / "q", "word " * 200), "the prompt has .* shorten it, or export with a larger")
-    code, out, _ = gori(
-        "bench", tmp_path / "q", "--repeats", 1, "--decode", 3, "--prompt", 8, "--prompt", 500, "--json"
-    )
-    assert code == 0
-    assert json.loads(out)["prefill_skipped"] == [500]
 
 
 def limited() -> None:
