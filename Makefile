@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: demo test test-slow lint format setup clean
+.PHONY: demo test test-slow runner lint format setup clean
 
 setup: $(VENV)/.ready $(VENV)/tflite-2.14/.ready
 
@@ -14,7 +14,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip setuptools
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[executorch,litert,coreml,gguf,sweep,cluster,sign,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[executorch,litert,coreml,gguf,sweep,cluster,sign,serve,dev]'
 	touch $@
 
 # the last tflite-runtime wants numpy below 2: an environment of its own, driven as a subprocess
@@ -24,6 +24,16 @@ $(VENV)/tflite-2.14/.ready: $(VENV)/.ready
 
 demo: setup
 	$(BIN)/gori demo --out $(DEMO)
+
+# the C++ runner: build/gori-call and build/libgori.so; needs CMake and a C++17 compiler
+RUNNER := build/runner
+runner: setup
+	@command -v cmake > /dev/null || { echo 'make runner needs CMake 3.19 or newer: pip install cmake, or your system'"'"'s package' >&2; exit 1; }
+	cmake -S runtime/cpp -B $(RUNNER) $(if $(wildcard $(RUNNER)/CMakeCache.txt),,$(if $(shell command -v ninja),-G Ninja)) \
+	  -DEXECUTORCH_ROOT=$$($(BIN)/python -c 'import importlib.util as u; print(next(iter(u.find_spec("executorch").submodule_search_locations)))') \
+	  -DGORI_VERSION=$$($(BIN)/python -c 'import gori; print(gori.__version__)') > /dev/null
+	cmake --build $(RUNNER) --parallel
+	ln -sf runner/gori-call runner/libgori.so build/
 
 test: setup
 	$(BIN)/python -m pytest

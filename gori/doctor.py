@@ -27,6 +27,9 @@ NEEDS: tuple[Need, ...] = (
     Need("torch: training, eager engine", "torch", "torch", None),
     Need("tokenizers", "tokenizers", "tokenizers", None),
     Need("safetensors: checkpoints", "safetensors", "safetensors", None),
+    Need("gori serve", "uvicorn", "uvicorn", "serve"),
+    Need("gori sweep --search optuna", "optuna", "optuna", "sweep"),
+    Need("gori sweep --engine ray", "ray", "ray", "cluster"),
 )
 
 

@@ -68,7 +68,8 @@ def bandwidth(threads: Sequence[int]) -> Round:
 
 
 def printed(command: Sequence[str], what: str, environment: dict[str, str] | None = None) -> Any:
-    """The JSON that a process prints; GoriError with the last line of its stderr if it fails."""
+    """The JSON that a process prints; GoriError if it fails, with the error that it prints in place of a result, or
+    with the last line of its stderr."""
     try:
         done = subprocess.run(
             command,
@@ -83,7 +84,8 @@ def printed(command: Sequence[str], what: str, environment: dict[str, str] | Non
         raise GoriError(f"{what} was not measured within {LONGEST_S:.0f} s: ask for shorter prompts") from e
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-        raise GoriError(f"{what} could not be measured: {lines[-1]}")
+        said = json.loads(done.stdout)["error"] if done.returncode == 1 and done.stdout else lines[-1]
+        raise GoriError(f"{what} could not be measured: {said}")
     return json.loads(done.stdout)
 
 
@@ -91,8 +93,8 @@ def compare(entries: Sequence[Entry], rounds: int) -> dict[str, Any]:
     """Measure all in turn, `rounds` times, and the read bandwidth once a round.
 
     Of every time the median over rounds of a round's median; `against_first` has the first one's time over this one's
-    (above 1: this one is faster; memory: this one's over the first's), the median of the rounds' ratios and their
-    lowest and highest.
+    (above 1: this one is faster; memory: this one's over the first's), the median of the rounds' ratios, their lowest
+    and highest, and of times the ratio of the shortest ones, which other work on the machine disturbed the least.
     """
     measured: list[list[Round]] = [[] for _ in entries]
     read: list[Round] = []
@@ -137,8 +139,8 @@ def described(e: Entry, found: Sequence[Round], read: Sequence[Round]) -> dict[s
 
 def row(rounds_ms: Sequence[Sequence[float]], tokens: int | None = None) -> dict[str, float] | None:
     """Milliseconds: the median of the rounds' medians, their lowest and highest, the 95th percentile of all; None if
-    nothing was timed."""
-    if not rounds_ms[0]:
+    a round timed nothing."""
+    if not all(rounds_ms):
         return None
     medians = [statistics.median(r) for r in rounds_ms]
     p50 = statistics.median(medians)
@@ -154,6 +156,8 @@ def step(e: Entry, found: Sequence[Round], read: Sequence[Round]) -> dict[str, A
     counted = step_bytes(e.path) if e.path else "it is no artifact of gori"
     if isinstance(counted, str):
         return {"unknown": counted}
+    if not all(r["decode_ms"] for r in found):
+        return {"unknown": "no token was decoded"}
     first = found[0]
     size = counted.at(first["first_token_prompt"] + (first["decode_tokens"] + 1) / 2)
     rates = [size / statistics.median(r["decode_ms"]) / 1e6 for r in found]
@@ -173,8 +177,11 @@ def against(first: Sequence[Round], other: Sequence[Round]) -> dict[str, Any]:
 
     def faster(take: Callable[[Round], list[float] | None]) -> dict[str, float] | None:
         pairs = [(take(a), take(b)) for a, b in zip(first, other, strict=True)]
-        ratios = [statistics.median(a) / statistics.median(b) for a, b in pairs if a and b]
-        return spread(ratios) if ratios else None
+        both = [(a, b) for a, b in pairs if a and b]
+        if not both:
+            return None
+        best = min(min(a) for a, _ in both) / min(min(b) for _, b in both)
+        return spread([statistics.median(a) / statistics.median(b) for a, b in both]) | {"best": round(best, 3)}
 
     lengths = [n for n in first[0]["prefill_ms"] if n in other[0]["prefill_ms"]]
     memory = [b["rss_mib"] / a["rss_mib"] for a, b in zip(first, other, strict=True) if a["rss_mib"] and b["rss_mib"]]

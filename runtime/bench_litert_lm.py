@@ -2,8 +2,8 @@
 
 The engine takes text, pads or cuts it to the length that is asked for, and tells rates of whole runs, each with a
 freshly made engine: no single tokens, so a round's decode has one mean a run, and the 95th percentile is one of means.
-It stops where the model says a stop token; `decode_tokens` is what was really decoded. Its caches and activations are
-of the type that it chooses itself.
+It stops where the model says a stop token; `decode_tokens` is what was really decoded, which may be none. Its caches
+and activations are of the type that it chooses itself.
 """
 
 from __future__ import annotations
@@ -61,6 +61,6 @@ def run(file: Path, threads: int | None, prompts: Sequence[int], decoded: int) -
         "prefill_ms": {
             str(n): [n / r.last_prefill_tokens_per_second * 1e3 for r in found] for n, found in taken.items()
         },
-        "first_token_ms": [a.time_to_first_token_in_second * 1e3 for a in answers],
-        "decode_ms": [1e3 / a.last_decode_tokens_per_second for a in answers],
+        "first_token_ms": [a.time_to_first_token_in_second * 1e3 for a in answers if a.last_decode_token_count],
+        "decode_ms": [1e3 / a.last_decode_tokens_per_second for a in answers if a.last_decode_token_count],
     }

@@ -95,7 +95,8 @@ def repeated(measure: Callable[[], Any]) -> list[Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command that `gori bench` starts for each round of each artifact; a user's error is one line on stderr."""
+    """The command that `gori bench` starts for each round of each artifact. A user's error is printed as
+    `{"error": …}` with exit 1, since native code may have the last word on stderr."""
     parser = argparse.ArgumentParser(prog="gori.runtime.bench_round", description=__doc__)
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--threads", type=int)
@@ -105,7 +106,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         json.dump(run(a.artifact, a.threads, a.prompt, a.decode), sys.stdout)
     except GoriError as e:
-        sys.exit(str(e))
+        json.dump({"error": str(e)}, sys.stdout)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

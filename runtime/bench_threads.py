@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gori import console
+from gori.errors import GoriError
 from gori.runtime.bench import Round, cores, one_round
 from gori.runtime.bench_round import FIRST_TOKEN_PROMPT
 
@@ -36,7 +37,7 @@ def choose(path: Path, measure: Callable[[Path, int | None, Sequence[int], int],
     with console.steps(f"threads for {path}", ROUNDS * len(tried)) as bar:
         for i in range(ROUNDS):
             for k, n in enumerate(tried):
-                took[n].append(call_ms(measure(path, n, (), DECODED)))
+                took[n].append(call_ms(path, measure(path, n, (), DECODED)))
                 bar.update(i * len(tried) + k + 1, f"{n} threads")
     medians = {n: statistics.median(times) for n, times in took.items()}
     chosen = next(n for n in tried if medians[n] * (1 - MUST_GAIN) <= min(medians.values()))
@@ -44,6 +45,8 @@ def choose(path: Path, measure: Callable[[Path, int | None, Sequence[int], int],
     return {"chosen": chosen, "call_ms": {str(n): round(t, 3) for n, t in medians.items()}, **call}
 
 
-def call_ms(found: Round) -> float:
+def call_ms(path: Path, found: Round) -> float:
     """The time of a typical call: to the first token, and of those after it."""
+    if not found["decode_ms"]:
+        raise GoriError(f"{path} decodes no token after a prompt, so no call can be timed: name a number of threads")
     return statistics.median(found["first_token_ms"]) + DECODED * statistics.median(found["decode_ms"])

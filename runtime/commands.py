@@ -109,7 +109,8 @@ def chat(artifact: Path, threads: int | None, kv: str | None, **how: Any) -> Non
         turns.append(Turn("user", line))
         answer = caller.answer(turns, constrained=False, pick=picker(**how), on_text=_say)
         print()
-        turns.append(Turn("assistant", None if answer.calls is not None else answer.text.strip(), answer.calls))
+        calls = None if answer.calls is None else tuple(answer.calls)
+        turns.append(Turn("assistant", answer.text.strip() if calls is None else None, calls))
 
 
 def _say(text: str) -> None:

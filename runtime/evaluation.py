@@ -69,27 +69,26 @@ def evaluate_model(
 
     `constrained` answers can be nothing but calls of the model's own tools, and are made one by one."""
     tokenizer = Tokenizer.load(folder_of(directory))
-    if constrained:
-        caller = Caller.open(directory, threads)
-    else:
-        generate = generator(directory, threads, rounding)
+    caller = Caller.open(directory, threads) if constrained else None
+    generate = None if caller else generator(directory, threads, rounding)
     todo = [(split, c) for split, conversations in tests.items() for c in conversations]
-    one_by_one = constrained or is_artifact(directory)
+    one_by_one = caller is not None or is_artifact(directory)
     step = SLICE if one_by_one else len(todo)  # a decoder's batches are fullest over all rows at once
     rows: list[dict[str, Any]] = []
     with console.steps(f"evaluate {label}", len(todo)) as bar:
         for start in range(0, len(todo), step):
             part = todo[start : start + step]
             conversations = [c for _, c in part]
-            answers = caller_answers(caller, conversations) if constrained else generate
+            answers = generate or caller_answers(caller, conversations)
             scored = evaluate.score(conversations, answers, tokenizer, functions)
             rows += [_row(split, s) for (split, _), s in zip(part, scored, strict=True)]
             bar.update(len(rows), f"exact {sum(r['exact'] for r in rows) / len(rows):.3f}")
     return rows
 
 
-def caller_answers(caller: Caller, rows: Sequence[Conversation]) -> evaluate.Generate:
+def caller_answers(caller: Caller | None, rows: Sequence[Conversation]) -> evaluate.Generate:
     """Constrained answers to these rows, whatever the prompts: the caller makes them itself."""
+    assert caller is not None
     return lambda _: [caller.answer(c.turns[:-1], most=evaluate.MAX_NEW_TOKENS).ids for c in rows]
 
 

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -34,6 +34,10 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
+
+
+Pieces = AsyncGenerator[str | Timed, None]
+"""Of one answer: pieces of its text, then the whole."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ class Server:
                 raise too_large(self.limits.body_bytes)
         return bytes(out)
 
-    async def _events(self, job: Job, request: Request, deadline: float, began: float) -> AsyncIterator[str | Timed]:
+    async def _events(self, job: Job, request: Request, deadline: float, began: float) -> Pieces:
         """Pieces of text, then the whole answer; Refusal where there is none, Gone where nobody listens any more."""
         gone = asyncio.create_task(_gone(request))
         try:
@@ -177,7 +181,7 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def _sse(chunks: Chunks, first: str | Timed, events: AsyncIterator[str | Timed]) -> AsyncIterator[str]:
+async def _sse(chunks: Chunks, first: str | Timed, events: Pieces) -> AsyncIterator[str]:
     """Server-sent events of a whole answer; an error after the first of them is an event too, which clients raise."""
     for body in chunks.open():
         yield _data(body)
@@ -193,7 +197,7 @@ async def _sse(chunks: Chunks, first: str | Timed, events: AsyncIterator[str | T
     except Gone:
         pass
     finally:
-        await events.aclose()  # type: ignore[attr-defined]
+        await events.aclose()
 
 
 def _data(body: dict[str, Any]) -> str:

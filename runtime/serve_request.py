@@ -310,7 +310,8 @@ def _include_usage(given: Mapping[str, Any], stream: bool) -> bool:
         return False
     if not stream:
         raise Refusal("stream_options needs stream: true", "stream_options")
-    if not isinstance(options, dict) or (unknown := set(options) - {"include_usage"}):
-        extra = f", not {sorted(unknown)[0]!r}" if isinstance(options, dict) else ""
-        raise Refusal(f"stream_options knows include_usage alone{extra}", "stream_options")
+    if not isinstance(options, dict):
+        raise Refusal("stream_options must be an object; it knows include_usage alone", "stream_options")
+    if unknown := sorted(set(options) - {"include_usage"}):
+        raise Refusal(f"stream_options knows include_usage alone, not {unknown[0][:40]!r}", "stream_options")
     return _flag(options, "include_usage", False)

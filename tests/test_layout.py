@@ -116,6 +116,7 @@ def test_the_wheel_holds_every_module_and_data_file_and_nothing_else(tmp_path: P
     held = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
     modules = {m if m.startswith("gori/") else f"gori/{m}" for m in MODULES}
     data = {p.relative_to(ROOT).as_posix() for s in ("yaml", "jinja", "typed") for p in (ROOT / "gori").glob(f"*{s}")}
+    data |= {f"gori/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "runtime").glob("*.html")}
     assert held == modules | data
 
 
@@ -138,6 +139,8 @@ def loaded_by(code: str) -> set[str]:
         "import gori.teacher, gori.distill, gori.quantize, gori.export, gori.targets",
         "import gori.export.verify, gori.export.golden, gori.export.signing, gori.export.commands",
         "import gori.quantize.sweep_commands, gori.quantize.journal, gori.runtime.measure",
+        "import gori.runtime.serve, gori.runtime.serve_http, gori.runtime.serve_line, gori.runtime.serve_commands",
+        "from gori.runtime import bandwidth, bench_commands, bench_report, bench_round, bench_threads, step_bytes",
         "import gori.export.gguf_read, gori.runtime.gguf, gori.export.litert_read, gori.runtime.litert",
         "import contextlib\nfrom gori.cli import main\nwith contextlib.suppress(SystemExit): main(['--help'])",
     ],
