@@ -26,11 +26,13 @@ def write(w: Weights, out: Path, o: Options) -> dict[str, Any]:
     """
     load_exporter()
     with upstream_warnings():
-        from gori.export.executorch_graph import Graph
+        from gori.export.executorch_graph import ROWS, Graph
         from gori.export.executorch_lower import lower
 
         log(f"lowering {w.cfg.layers} layers for XNNPACK")
-        lowered = lower(Graph(w, o.context).eval(), o.chunk, metadata(w, o))
+        rows = min(ROWS, o.chunk)
+        told = metadata(w, o) | {"get_logits_rows": rows}
+        lowered = lower(Graph(w, o.context).eval(), o.chunk, told, rows)
     (out / PTE).write_bytes(lowered.pte)
     count = len(linear_names(w.cfg, w.head_name))
     log(f"{len(lowered.delegated)}/{count} linears delegated")

@@ -197,8 +197,13 @@ class Layer(nn.Module):
         return x + project(F.silu(gate) * up, self.down_proj)[0]
 
 
+ROWS = 4
+"""Tokens of one call whose logits a caller may ask for: one, and three that were guessed and are to be checked."""
+
+
 class Graph(nn.Module):
-    """`forward(tokens [1, S] int64, input_pos [1] int64) → logits [1, V]` of the last token."""
+    """`forward(tokens [1, S] int64, input_pos [R] int64) → logits [R, V]` of the last R ≤ S tokens. `input_pos[0]` is
+    the first token's position, what else stands in it is not read: its length alone says how many rows are wanted."""
 
     rope_freq: Tensor
 
@@ -215,11 +220,13 @@ class Graph(nn.Module):
         start = input_pos[0].item()
         torch._check(start >= 0)
         torch._check(start < self.context)
-        rope = self.rope(input_pos + torch.arange(tokens.shape[1]))
+        rope = self.rope(start + torch.arange(tokens.shape[1]))
         x = self.table(tokens)
         for layer in self.layers:
             x = layer(x, rope, start)
-        return project(self.norm(x[:, -1, :]), self.head)[0]
+        # by index, not as a slice: torch.export would want to know that R ≤ S
+        wanted_R = torch.arange(input_pos.shape[0]) + (tokens.shape[1] - input_pos.shape[0])
+        return project(self.norm(x.index_select(1, wanted_R)[0]), self.head)[0]
 
     def rope(self, positions_S: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines `[1, S, 1, d]`, computed at run time: as a table they would be the file's largest

@@ -98,29 +98,34 @@ def _module_path(node: Node) -> str:
     return next(reversed(stack.values()))[0]
 
 
-def lower(graph: nn.Module, chunk: int, metadata: Metadata) -> Lowered:
-    """The .pte of a module `forward(tokens [1, S], input_pos [1])` whose calls take 1..chunk tokens; `metadata` become
-    methods that return constants. Raises GoriError if XNNPACK does not take every linear."""
+def lower(graph: nn.Module, chunk: int, metadata: Metadata, rows: int = 1) -> Lowered:
+    """The .pte of a module `forward(tokens [1, S], input_pos [R])` whose calls take 1..chunk tokens and give the logits
+    of 1..rows of them; `metadata` become methods that return constants. Raises GoriError if XNNPACK does not take every
+    linear."""
     partitioner = Partitioner()
     try:
-        program = finished(to_edge(traced(graph, chunk), partitioner, metadata))
+        program = finished(to_edge(traced(graph, chunk, rows), partitioner, metadata))
         plan = next(p for p in program.executorch_program.execution_plan if p.name == "forward")
         return Lowered(program.buffer, partitioner.delegated, sum(plan.non_const_buffer_sizes))
     finally:
         forget()
 
 
-def arguments(tokens: int) -> tuple[Tensor, Tensor]:
+def arguments(tokens: int, rows: int = 1) -> tuple[Tensor, Tensor]:
     """Of one call of `forward`."""
-    return torch.zeros(1, tokens, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    return torch.zeros(1, tokens, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
 
 
-def traced(graph: nn.Module, chunk: int) -> ExportedProgram:
-    """The graph of calls of 1..chunk tokens; of one token alone the length is no variable."""
+def traced(graph: nn.Module, chunk: int, rows: int = 1) -> ExportedProgram:
+    """The graph of calls of 1..chunk tokens, logits of 1..rows of them; a length of one alone is no variable."""
     # torch.export makes a length of one a constant, and refuses a variable whose range is a single number
-    shapes = {"tokens": {1: Dim("S", min=1, max=chunk)}, "input_pos": None} if chunk > 1 else None
+    shapes = {
+        "tokens": {1: Dim("S", min=1, max=chunk)} if chunk > 1 else None,
+        "input_pos": {0: Dim("R", min=1, max=rows)} if rows > 1 else None,
+    }
     with torch.no_grad():
-        return torch.export.export(graph, arguments(min(2, chunk)), dynamic_shapes=shapes, strict=False)
+        example = arguments(min(2, chunk), min(2, rows))
+        return torch.export.export(graph, example, dynamic_shapes=shapes, strict=False)
 
 
 def to_edge(exported: ExportedProgram, partitioner: Any, metadata: Metadata) -> EdgeProgramManager:
