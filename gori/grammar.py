@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gori import automata, tables
+from gori import automata, tables, value_pattern
 from gori.automata import DEAD, FRACTION_DIGITS, Automaton
 from gori.calls import END, NONE, Function, read_tools
+from gori.console import log
 from gori.errors import GoriError
 from gori.tokenizer import Tokenizer, eos_ids
 
@@ -104,7 +105,7 @@ def compile_grammar(functions: Mapping[str, Function], tokenizer: Tokenizer, end
             item = schema.get("items", {}) if array else schema
             text = item.get("type", "string") == "string"
             copied = bool(schema.get(COPIED) or item.get(COPIED))
-            if copied and (not text or "enum" in item):
+            if copied and (not text or "enum" in item or "pattern" in item):
                 raise GoriError(f"{f.name}: argument {name!r} is {COPIED}, which only open text can be: remove it")
             flags = REQUIRED * (name in f.required) | REPEATS * array | COPY * copied | TEXT * text
             start = compiler.start(item, f"{f.name}: argument {name!r}")
@@ -139,6 +140,8 @@ class _Values:
             key: Any = tuple(texts)
         else:
             key = (kind, *bounds(schema)) if kind in ("integer", "number") else kind
+            if kind == "string" and "pattern" in schema:
+                key = held_pattern(schema["pattern"], where)
         if key not in self.known:
             self.known[key] = self._spelled(texts) if texts is not None else self._open(key, where)
         return self.known[key]
@@ -158,7 +161,7 @@ class _Values:
     def _open(self, key: Any, where: str) -> int:
         automaton = open_automaton(key)
         if not automaton.accept.any():
-            raise GoriError(f"{where} allows no value that can be said: mend its range")
+            raise GoriError(f"{where} allows no value that can be said: mend its range or pattern")
         steps = token_steps(automaton, self.matrix, self.lengths)
         if (steps != DEAD).sum(1).max() > WIDE:
             self.states.wide.append((automaton, steps))
@@ -205,13 +208,27 @@ def bounds(schema: Schema) -> tuple[Decimal | None, Decimal | None]:
     return low, high
 
 
+def held_pattern(pattern: str, where: str) -> Any:
+    """The key of text with a pattern; of any text, and a line that says so, where the pattern is not understood."""
+    key = ("pattern", pattern)
+    try:
+        open_automaton(key)
+    except GoriError as e:
+        log(f"{where}: constrained calls do not hold to its pattern {pattern!r}: {e}")
+        return "string"
+    return key
+
+
 @cache
 def open_automaton(key: Any) -> Automaton:
-    """The automaton of text, of objects, or of numbers: ("integer" or "number", lowest, highest)."""
+    """The automaton of text, of objects, of text in which a pattern is found: ("pattern", it), or of numbers:
+    ("integer" or "number", lowest, highest)."""
     if key == "string":
         return automata.text()
     if key == "object":
         return automata.json_object()
+    if key[0] == "pattern":
+        return value_pattern.matching(key[1])
     kind, low, high = key
     return automata.number(low, high, FRACTION_DIGITS if kind == "number" else 0)
 

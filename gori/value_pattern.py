@@ -1,8 +1,9 @@
-"""A JSON schema's `pattern` as a byte automaton: what is accepted is text (gori/automata.py) in which the pattern is found.
+"""A JSON schema's `pattern` as a byte automaton: it accepts text (gori/automata.py) in which the pattern is found.
 
-The common part of regular expressions (ECMA 262, section 22.2, without flags): literals, classes, `.`, `\\d \\w \\s`, groups,
-alternatives, greedy repeats, `^` and `$` at the ends. `\\d`, `\\w` and `\\s` are of ASCII alone, which is less than Python's.
-Look around, back references and the rest are refused. Knows nothing of tokens.
+The common part of regular expressions (ECMA 262, section 22.2, without flags): literals, classes, `.`, `\\d \\w \\s`,
+groups, alternatives, greedy repeats, `^` and `$` at the ends. `\\d`, `\\w` and `\\s` are of ASCII alone. The
+complements of these, on which engines differ beyond ASCII, look around, back references and the rest are refused. Knows
+nothing of tokens.
 """
 
 from __future__ import annotations
@@ -105,11 +106,11 @@ class _Parser:
 
     def sequence(self, top: bool) -> Part:
         """Up to a bar or a closing bracket; at the top, anything may stand around what is not anchored."""
-        parts = [] if not top or self.take("^") else [_repeated(_any, 0, None)]
+        parts = [] if not top or self.take("^") else [_repeated(_of(ASCII, None), 0, None)]
         while self.at < len(self.text) and self.text[self.at] not in "|)$":
             parts.append(self.repeat(self.atom()))
         if top and not self.take("$"):
-            parts.append(_repeated(_any, 0, None))
+            parts.append(_repeated(_of(ASCII, None), 0, None))
         return lambda nfa, s: reduce(lambda at, part: part(nfa, at), parts, s)
 
     def repeat(self, part: Part) -> Part:
@@ -142,9 +143,9 @@ class _Parser:
 
     def escaped(self) -> Part:
         c = self.text[self.at : self.at + 1]
-        if c.lower() in NAMED and c:
+        if c in NAMED:
             self.at += 1
-            return _of(NAMED[c], ()) if c in NAMED else _of(ASCII - NAMED[c.lower()], None)
+            return _of(NAMED[c], ())
         if not c or c.isalnum():
             self.at -= 1
             raise self.refused()
@@ -153,11 +154,14 @@ class _Parser:
 
     def characters(self) -> Part:
         """A class, its opening bracket behind us."""
-        negated, held = self.take("^"), set[int]()
+        negated, held, named = self.take("^"), set[int](), False
+        if self.text.startswith("]", self.at):  # to Python a character, to ECMAScript the end of an empty class
+            raise self.refused()
         while not self.take("]"):
             low = self.one()
             if isinstance(low, frozenset):
                 held |= low
+                named = True
             elif self.text[self.at : self.at + 1] == "-" and self.text[self.at + 1 : self.at + 2] not in ("]", ""):
                 self.at += 1
                 high = self.one()
@@ -167,8 +171,8 @@ class _Parser:
             else:
                 held.add(low)
         beyond = sorted(held - ASCII)
-        if negated and beyond:
-            raise GoriError("its negated classes may name characters of ASCII alone")
+        if negated and (beyond or named):
+            raise GoriError("its negated classes may name single characters of ASCII alone")
         return _of(ASCII - held, None) if negated else _of(frozenset(held & ASCII), beyond)
 
     def one(self) -> int | frozenset[int]:
@@ -194,7 +198,7 @@ def _literal(c: str) -> Part:
 
 
 def _any(nfa: _Nfa, s: int) -> int:
-    return _of(ASCII, None)(nfa, s)
+    return _of(ASCII - {0x0A, 0x0D}, None)(nfa, s)
 
 
 def _of(ascii_bytes: frozenset[int], beyond: Iterable[int] | None) -> Part:

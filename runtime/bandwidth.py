@@ -3,8 +3,9 @@
 A buffer several times the last-level cache is read from end to end by a product of a vector of ones with it as a
 matrix of 4096 columns: BLAS then adds several rows at once to 16 KiB of sums that stay in the first cache, so that
 several streams of memory are open, as in a product with weights. NumPy's own reductions (sum, maximum, bitwise or)
-read one stream and reached 0.4–0.75 of what a C loop over 8 streams reads on the x86-64 machine of docs/performance.md;
-this reaches about 0.9 of it (tests/test_bandwidth.py compares them where a C compiler is). No torch.
+read one stream and reached 0.6–0.75 of what a C loop over 8 streams reads on the x86-64 machine of
+docs/performance.md (gcc -O3 -march=native); this reaches 0.9–0.97 of it. tests/test_bandwidth.py compares the two where
+a C compiler is. No torch.
 
 The figure is the best of several readings: what can be read while neighbours are quiet. It is no limit for a model
 that fits the last-level cache, which may read faster, and it says nothing about random access, writing, or memory of

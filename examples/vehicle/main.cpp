@@ -84,7 +84,7 @@ int stop_signals() {
 using Handle = std::unique_ptr<gori_session, decltype(&gori_close)>;
 
 Handle open(const Arguments& a) {
-  const gori_open_options options{sizeof(gori_open_options), static_cast<int32_t>(a.threads), 1};
+  const gori_open_options options{sizeof(gori_open_options), static_cast<int32_t>(a.threads), 1, GORI_LOOKUP_MEASURED};
   gori_session* handle = nullptr;
   if (gori_open(a.artifact.c_str(), &options, &handle) != GORI_OK) throw std::runtime_error(gori_error());
   return {handle, gori_close};

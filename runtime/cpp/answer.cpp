@@ -1,10 +1,14 @@
 #include "answer.h"
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <limits>
+
+#include "sound.h"
 
 namespace gori {
 namespace {
@@ -31,23 +35,56 @@ void append_json(std::string_view s, std::string& out) {
   out += '"';
 }
 
-// Bytes of whole characters at the beginning of `text`, which ends in the middle of one at worst.
-size_t whole_characters(std::string_view text) {
-  for (size_t back = 1; back <= 4 && back <= text.size(); ++back) {
-    const auto byte = static_cast<uint8_t>(text[text.size() - back]);
-    if ((byte & 0xC0) == 0x80) continue;
-    const size_t needed = byte >= 0xF0 ? 4 : byte >= 0xE0 ? 3 : byte >= 0xC0 ? 2 : 1;
-    return needed > back ? text.size() - back : text.size();
+// Moves the characters at the beginning of `bytes` to `text`, what is none as U+FFFD; an end that may still become one stays
+// unless this is the `last` of them.
+void move_characters(std::string& bytes, std::string& text, bool last) {
+  size_t at = 0;
+  while (at < bytes.size()) {
+    size_t next = at;
+    const uint32_t character = next_character(bytes, next);
+    const auto lead = static_cast<uint8_t>(bytes[at]);
+    const size_t whole = lead >= 0xF5 ? 1 : lead >= 0xF0 ? 4 : lead >= 0xE0 ? 3 : lead >= 0xC2 ? 2 : 1;
+    if (!last && next == bytes.size() && next - at < whole) break;
+    append_utf8(character, text);
+    at = next;
   }
-  return text.size();
+  bytes.erase(0, at);
+}
+
+// Of the program: its size and what stands at 32 places of it. Another model's weights differ at all of them, and reading
+// them does not fetch a large file from the disk.
+std::vector<uint32_t> fingerprint(const std::string& path) {
+  std::FILE* file = std::fopen(path.c_str(), "rb");
+  if (!file) throw Error(GORI_ERROR_FILE, "cannot read " + path + ": " + std::strerror(errno));
+  std::fseek(file, 0, SEEK_END);
+  const long size = std::ftell(file);
+  uint64_t hash = 0xCBF29CE484222325;  // FNV-1a
+  unsigned char block[256];
+  for (long i = 0; i < 32; ++i) {
+    std::fseek(file, size / 32 * i, SEEK_SET);
+    const size_t count = std::fread(block, 1, sizeof block, file);
+    for (size_t b = 0; b < count; ++b) hash = (hash ^ block[b]) * 0x100000001B3;
+  }
+  std::fclose(file);
+  const auto bytes = static_cast<uint64_t>(size);
+  return {static_cast<uint32_t>(bytes), static_cast<uint32_t>(bytes >> 32), static_cast<uint32_t>(hash), static_cast<uint32_t>(hash >> 32)};
+}
+
+// The tables of a directory, after every index in them was checked.
+const Tables& sound(const Tables& tables) {
+  check_text(tables);
+  if (tables.has("functions")) check_grammar(tables);
+  return tables;
 }
 
 }  // namespace
 
 Answerer::Answerer(const std::string& directory, const gori_open_options& options)
     : tables_(directory + "/runner.bin"),
-      tokenizer_(tables_),
-      model_(directory + "/model.pte", static_cast<uint32_t>(options.threads)),
+      tokenizer_(sound(tables_)),
+      program_(directory + "/model.pte"),
+      model_(program_, static_cast<uint32_t>(options.threads)),
+      lookup_(tokenizer_, model_.rows() - 1, static_cast<gori_lookup>(options.lookup)),
       before_(tables_.get<uint32_t>("prompt_before")),
       after_(tables_.get<uint32_t>("prompt_after")) {
   const auto lead = tables_.get<uint8_t>("prompt_lead");
@@ -62,8 +99,9 @@ Answerer::Answerer(const std::string& directory, const gori_open_options& option
   const auto marks = tables_.get<uint32_t>("marks");
   ends_.assign(marks.data + 2, marks.end());
   for (auto* v : {&pending_, &tokens_, &prompt_}) v->reserve(model_.context() + 1);
-  text_.reserve(4096);
-  said_.reserve(4096);
+  const size_t longest = static_cast<size_t>(model_.context()) * std::max<size_t>(tokenizer_.longest(), 3);
+  // JSON writes a control character in six bytes, and names besides; pages that are never written cost nothing
+  text_.reserve(6 * longest + (size_t{1} << 14)), said_.reserve(longest), bytes_.reserve(tokenizer_.longest() + 4);
   ranked_.reserve(model_.vocabulary());
   if (options.use_prefix) load_prefix(directory + "/prefix.bin");
   if (prefix_ < before_.size) {
@@ -82,13 +120,19 @@ void Answerer::load_prefix(const std::string& path) {
   const auto ids = saved.get<uint32_t>("ids");
   if (ids.size != before_.size || !std::equal(ids.begin(), ids.end(), before_.begin()))
     throw Error(GORI_ERROR_FILE, path + " was saved for another prompt: save it again");
+  const auto program = saved.get<uint32_t>("program");
+  const auto known = fingerprint(program_);
+  if (program.size != known.size() || !std::equal(program.begin(), program.end(), known.begin()))
+    throw Error(GORI_ERROR_FILE, path + " was saved from another model.pte: save it again");
   model_.load(saved.get<uint32_t>("caches"), ids.size);
   prefix_ = ids.size;
 }
 
 void Answerer::save_prefix(const std::string& path) {
   const auto caches = model_.saved(prefix_);
-  write_tables(path, {{"ids", before_}, {"caches", {caches.data(), caches.size()}}});
+  const auto program = fingerprint(program_);
+  write_tables(
+      path, {{"ids", before_}, {"program", {program.data(), program.size()}}, {"caches", {caches.data(), caches.size()}}});
 }
 
 void Answerer::describe(gori_facts& out) const {
@@ -116,10 +160,12 @@ void Answerer::answer(
                                          ": shorten the utterance or export with a larger context");
   out.prompt_tokens = static_cast<uint32_t>(read);
   out.prefix_tokens = static_cast<uint32_t>(prefix_);
-  out.answer_tokens = out.forced_tokens = 0;
+  out.answer_tokens = out.forced_tokens = out.guessed_tokens = out.confirmed_tokens = 0;
   out.first_token_ms = 0;
   model_.rewind(prefix_);
-  pending_ = prompt_;
+  guesses_.clear();
+  confirmed_ = 0, logits_ = nullptr;
+  pending_.assign(prompt_.begin(), prompt_.end());
   tokens_.clear();
   text_.clear();
   random_.seed(options.seed);
@@ -129,8 +175,7 @@ void Answerer::answer(
   if (form == GORI_FORM_TEXT) {
     free(budget, options, on_text, out);
   } else {
-    said_ = tokenizer_.normalized(utterance);
-    constraint_->begin(said_, budget);
+    constraint_->begin(tokenizer_.normalized(utterance), budget);
     constrained(budget, options, out);
     write_calls(form);
     if (on_text && !on_text(text_)) throw Error(GORI_CANCELLED, "the answer was cancelled");
@@ -138,13 +183,41 @@ void Answerer::answer(
   out.total_ms = now_ms() - began_ms_;
 }
 
-// Reads what is pending; logits of the last of it.
+// Reads what is pending, and guesses of what follows behind it; logits of the last that is certain.
 const float* Answerer::ask(gori_result& out) {
   if (cancelled) throw Error(GORI_CANCELLED, "the answer was cancelled");
-  const float* logits = model_.run(pending_.data(), pending_.size());
+  settle();
+  const bool one = pending_.size() == 1 && !tokens_.empty();
+  const size_t room = model_.context() - model_.length() - pending_.size();
+  if (one) lookup_.guess(prompt_, prompt_.size() - after_.size, tokens_, room, guesses_);
+  pending_.insert(pending_.end(), guesses_.begin(), guesses_.end());
+  const double began = now_ms();
+  logits_ = model_.run(pending_.data(), pending_.size(), guesses_.size() + 1);
+  if (one) lookup_.took(now_ms() - began, !guesses_.empty());
+  out.guessed_tokens += static_cast<uint32_t>(guesses_.size());
   pending_.clear();
   if (out.first_token_ms == 0) out.first_token_ms = now_ms() - began_ms_;
-  return logits;
+  return logits_;
+}
+
+// Takes guesses that did not come, or were not asked about, out of the history.
+void Answerer::settle() {
+  model_.rewind(model_.length() - (guesses_.size() - confirmed_));
+  guesses_.clear();
+  confirmed_ = 0, logits_ = nullptr;
+}
+
+// A token of the answer: it was read ahead, or is to be read.
+void Answerer::said(uint32_t token, gori_result& out) {
+  tokens_.push_back(token);
+  if (confirmed_ < guesses_.size() && guesses_[confirmed_] == token) {
+    ++confirmed_, ++out.confirmed_tokens;
+    lookup_.confirmed();
+    logits_ += model_.vocabulary();
+    return;
+  }
+  settle();
+  pending_.push_back(token);
 }
 
 void Answerer::constrained(uint32_t budget, const gori_call_options& options, gori_result& out) {
@@ -152,31 +225,34 @@ void Answerer::constrained(uint32_t budget, const gori_call_options& options, go
     constraint_->allow();
     uint32_t token = constraint_->forced();
     if (token == Tokenizer::kNone)
-      token = choose(ask(out), options);
+      token = choose(logits_ ? logits_ : ask(out), options);
     else
       ++out.forced_tokens;
     constraint_->advance(token);
-    tokens_.push_back(token);
-    pending_.push_back(token);
+    said(token, out);
   }
+  settle();
   out.answer_tokens = static_cast<uint32_t>(tokens_.size());
 }
 
 void Answerer::free(uint32_t budget, const gori_call_options& options, const OnText& on_text, gori_result& out) {
-  size_t given = 0;
-  for (uint32_t i = 0; i < budget && model_.length() + pending_.size() <= model_.context(); ++i) {
-    const uint32_t token = choose(ask(out), options);
-    tokens_.push_back(token);
-    if (std::find(ends_.begin(), ends_.end(), token) != ends_.end()) break;
-    if (token < tokenizer_.size()) text_ += tokenizer_.piece(token);
-    const size_t whole = whole_characters(text_);
-    if (on_text && whole > given && !on_text(std::string_view(text_).substr(given, whole - given)))
+  bytes_.clear();
+  const auto give = [&](bool last) {
+    const size_t given = text_.size();
+    move_characters(bytes_, text_, last);
+    if (on_text && text_.size() > given && !on_text(std::string_view(text_).substr(given)))
       throw Error(GORI_CANCELLED, "the answer was cancelled");
-    given = whole;
-    pending_.push_back(token);
+  };
+  const auto room = [&] { return model_.length() + pending_.size() - (guesses_.size() - confirmed_) <= model_.context(); };
+  for (uint32_t i = 0; i < budget && room(); ++i) {
+    const uint32_t token = choose(logits_ ? logits_ : ask(out), options);
+    said(token, out);
+    if (std::find(ends_.begin(), ends_.end(), token) != ends_.end()) break;
+    if (token < tokenizer_.size()) bytes_ += tokenizer_.piece(token);
+    give(false);
   }
+  give(true);
   out.answer_tokens = static_cast<uint32_t>(tokens_.size());
-  text_.resize(given);
 }
 
 // Of the tokens that are allowed (all of them in free text): the likeliest, the lowest id of equal ones; or a sample from the
@@ -188,8 +264,10 @@ uint32_t Answerer::choose(const float* logits, const gori_call_options& options)
   uint32_t token = Tokenizer::kNone;
   ranked_.clear();
   const auto consider = [&](uint32_t id) {
-    if (sampled) ranked_.emplace_back(logits[id], id);
-    if (token == Tokenizer::kNone || logits[id] > best || (logits[id] == best && id < token)) best = logits[id], token = id;
+    // what is no number has no place in an order
+    const float logit = std::isnan(logits[id]) ? -std::numeric_limits<float>::infinity() : logits[id];
+    if (sampled) ranked_.emplace_back(logit, id);
+    if (token == Tokenizer::kNone || logit > best || (logit == best && id < token)) best = logit, token = id;
   };
   if (free) {
     for (uint32_t id = 0; id < model_.vocabulary(); ++id) consider(id);
@@ -200,6 +278,8 @@ uint32_t Answerer::choose(const float* logits, const gori_call_options& options)
         for (uint32_t bits = mask[w]; bits; bits &= bits - 1)
           consider(static_cast<uint32_t>(w * 32) + static_cast<uint32_t>(__builtin_ctz(bits)));
   }
+  if (token == Tokenizer::kNone)
+    throw Error(GORI_ERROR_FILE, "runner.bin is damaged: its grammar allows nothing here: export it again");
   if (!sampled) return token;
   std::sort(ranked_.begin(), ranked_.end(), [](const auto& a, const auto& b) {
     return a.first != b.first ? a.first > b.first : a.second < b.second;

@@ -11,6 +11,7 @@
 
 #include "gori.h"
 #include "grammar.h"
+#include "lookup.h"
 #include "model.h"
 #include "tokenizer.h"
 
@@ -38,16 +39,23 @@ class Answerer {
   void free(uint32_t budget, const gori_call_options& options, const OnText& on_text, gori_result& out);
   uint32_t choose(const float* logits, const gori_call_options& options);
   const float* ask(gori_result& out);
+  void said(uint32_t token, gori_result& out);
+  void settle();
   void write_calls(gori_form form);
   void load_prefix(const std::string& path);
 
   Tables tables_;
   Tokenizer tokenizer_;
+  std::string program_;
   Model model_;
   std::unique_ptr<Grammar> grammar_;
   std::unique_ptr<Constraint> constraint_;
+  Lookup lookup_;
+  std::vector<uint32_t> guesses_;  // read behind what is certain
+  size_t confirmed_ = 0;           // of them
+  const float* logits_ = nullptr;  // of the last certain token; null where that is still pending
   View<uint32_t> before_, after_;
-  std::string lead_, text_, said_;
+  std::string lead_, text_, said_, bytes_;
   std::vector<uint32_t> ends_, pending_, tokens_, prompt_, written_;
   std::vector<std::pair<float, uint32_t>> ranked_;
   std::mt19937_64 random_;

@@ -104,8 +104,9 @@ gori_status gori_open(const char* directory, const gori_open_options* options, g
   return guarded([&] {
     if (!directory || !out) refuse("directory and out must not be null");
     *out = nullptr;
-    const auto o = taken(options, {sizeof(gori_open_options), 0, 1}, "gori_open_options");
+    const auto o = taken(options, {sizeof(gori_open_options), 0, 1, GORI_LOOKUP_MEASURED}, "gori_open_options");
     if (o.threads < 0 || o.threads > 1024) refuse("threads are 0 to 1024");
+    if (o.lookup < GORI_LOOKUP_MEASURED || o.lookup > GORI_LOOKUP_NEVER) refuse("lookup is 0, 1 or 2");
     *out = new gori_session(directory, o);
   });
 }

@@ -2,7 +2,8 @@
  *
  * A plain C interface: no exception crosses it, every function returns a status, and gori_error() says what went wrong, in
  * one sentence, for the calling thread. A handle may be used by several threads, one answer at a time: a second waits.
- * After the first answer nothing is allocated while tokens are made.
+ * After a thread's first answer nothing is allocated while tokens are made, but for what XNNPACK plans anew (and frees)
+ * where a step reads another number of tokens than the one before: once when the prompt is read, once behind it.
  */
 #ifndef GORI_H
 #define GORI_H
@@ -35,12 +36,20 @@ typedef enum gori_form {
   GORI_FORM_TEXT = 2   /* what the model says, unconstrained; special tokens are left out */
 } gori_form;
 
+/* Whether tokens that were said are read ahead as guesses while a value is copied (prompt lookup). Answers do not change. */
+typedef enum gori_lookup {
+  GORI_LOOKUP_MEASURED = 0, /* while it pays: measured at every answer */
+  GORI_LOOKUP_ALWAYS = 1,
+  GORI_LOOKUP_NEVER = 2
+} gori_lookup;
+
 typedef struct gori_session gori_session;
 
 typedef struct gori_open_options {
   size_t size;        /* sizeof(gori_open_options) */
   int32_t threads;    /* of the process's one pool; 0: 1. The first handle of a process decides */
   int32_t use_prefix; /* 0: do not read prefix.bin */
+  int32_t lookup;     /* gori_lookup; 0 while it pays */
 } gori_open_options;
 
 typedef struct gori_call_options {
@@ -62,6 +71,8 @@ typedef struct gori_result {
   uint32_t prefix_tokens; /* taken from the prefix, not computed */
   uint32_t answer_tokens; /* the end mark among them */
   uint32_t forced_tokens; /* known without asking the model */
+  uint32_t guessed_tokens;   /* read ahead */
+  uint32_t confirmed_tokens; /* of them those that came */
   double first_token_ms;  /* until the first token was chosen */
   double total_ms;
 } gori_result;

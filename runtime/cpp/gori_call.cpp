@@ -26,13 +26,14 @@ constexpr char kUsage[] =
     "  --tokens            the utterances' tokens in place of answers\n"
     "  --save-prefix FILE  write the prompt's prefix for the artifact's prefix.bin and end\n"
     "  --no-prefix         do not read prefix.bin\n"
+    "  --lookup WHEN       read ahead what was said while a value is copied: auto (while it pays), always, never\n"
     "  --version\n"
     "\n"
     "Example: gori-call demo/export/executorch \"운전석 열선 2단계\"\n"
     "Exit: 0 answered, 1 an error in one sentence, 2 usage.\n";
 
 struct Arguments {
-  gori_open_options open{sizeof(gori_open_options), 0, 1};
+  gori_open_options open{sizeof(gori_open_options), 0, 1, GORI_LOOKUP_MEASURED};
   gori_call_options call{sizeof(gori_call_options), GORI_FORM_CALLS, 0, 0.0f, 0, 1.0f, 0};
   bool timing = false, tokens = false;
   const char* save = nullptr;
@@ -73,6 +74,11 @@ Arguments parsed(int count, char** values) {
       a.tokens = true;
     } else if (name == "--no-prefix") {
       a.open.use_prefix = 0;
+    } else if (name == "--lookup") {
+      const std::string when = next ? next : "";
+      if (when != "auto" && when != "always" && when != "never") usage("--lookup is auto, always or never");
+      a.open.lookup = when == "auto" ? GORI_LOOKUP_MEASURED : when == "always" ? GORI_LOOKUP_ALWAYS : GORI_LOOKUP_NEVER;
+      ++i;
     } else if (name == "--threads") {
       a.open.threads = static_cast<int32_t>(taken());
     } else if (name == "--most") {
@@ -130,8 +136,10 @@ gori_status print_answer(gori_session* handle, const Arguments& a, const std::st
     std::fprintf(
         stderr,
         "{\"prompt_tokens\": %u, \"prefix_tokens\": %u, \"answer_tokens\": %u, \"forced_tokens\": %u, "
+        "\"guessed_tokens\": %u, \"confirmed_tokens\": %u, "
         "\"first_token_ms\": %.3f, \"total_ms\": %.3f}\n",
-        r.prompt_tokens, r.prefix_tokens, r.answer_tokens, r.forced_tokens, r.first_token_ms, r.total_ms);
+        r.prompt_tokens, r.prefix_tokens, r.answer_tokens, r.forced_tokens, r.guessed_tokens, r.confirmed_tokens,
+        r.first_token_ms, r.total_ms);
   return status;
 }
 

@@ -30,8 +30,6 @@ Grammar::Grammar(const Tables& t, const Tokenizer& tokenizer)
   mask_words = (vocabulary + 31) / 32;
   classes = wide ? byte_next.size / wide : 0;
   for (uint32_t i = 0; i < functions.size; ++i) {
-    if (functions[i].count > 64)
-      throw Error(GORI_ERROR_FILE, std::string(name_of_function(i)) + " has more than 64 arguments");
     function_of.emplace(functions[i].token, i);
   }
   for (uint32_t s = 0; s < wide; ++s)
@@ -62,21 +60,17 @@ void Utterance::read(std::string_view said, const Grammar& g, uint32_t text_star
   reach.assign(text.size() + 1, never);
   beginnings.clear();
   const uint32_t after_space = g.byte_next[text_start * g.classes + g.byte_class[' ']];
-  for (size_t place = text.size(); place-- > 0;) {
-    if (!starts(place)) {  // inside a character
-      reach[place] = 1 + (starts(place + 1) ? 0 : reach[place + 1]);
-      continue;
-    }
+  for (size_t place = text.size(), end = place; place-- > 0;) {
+    if (!starts(place)) continue;
     uint32_t state = after_space;
-    size_t end = place;
-    while (state != Grammar::kNowhere && end < text.size() && (end == place || !starts(end)))
-      state = g.byte_next[state * g.classes + g.byte_class[static_cast<uint8_t>(text[end++])]];
-    if (state != Grammar::kNowhere && g.accept[state]) {
-      reach[place] = static_cast<uint32_t>(end - place);
-      beginnings.push_back(static_cast<uint32_t>(place));
-    } else {  // white space: as far as it goes, and the character behind it
-      reach[place] = std::min<uint32_t>(never, static_cast<uint32_t>(end - place) + reach[end]);
-    }
+    for (size_t i = place; state != Grammar::kNowhere && i < end; ++i)
+      state = g.byte_next[state * g.classes + g.byte_class[static_cast<uint8_t>(text[i])]];
+    const bool whole = state != Grammar::kNowhere && g.accept[state];
+    // white space ends no value, so from inside it the character behind it is read, too
+    for (size_t i = place; i < end; ++i)
+      reach[i] = std::min(never, static_cast<uint32_t>(end - i) + (whole ? 0 : reach[end]));
+    if (whole) beginnings.push_back(static_cast<uint32_t>(place));
+    end = place;
   }
   std::reverse(beginnings.begin(), beginnings.end());
   shortest = never;
@@ -84,7 +78,8 @@ void Utterance::read(std::string_view said, const Grammar& g, uint32_t text_star
   shortest += 1;
 }
 
-Constraint::Constraint(const Grammar& grammar) : g_(grammar), scratch_(grammar.mask_words) {
+Constraint::Constraint(const Grammar& grammar)
+    : g_(grammar), scratch_(grammar.mask_words), piece_(grammar.tokenizer.longest() + 1, ' ') {
   listed_.reserve(grammar.functions.size + grammar.arguments.size + grammar.vocabulary);
   for (const auto& a : grammar.arguments)
     if (a.flags & Grammar::kCopied) has_copies_ = true, text_start_ = a.start;
@@ -131,7 +126,7 @@ void Constraint::allow() {
     for (uint32_t bits = mask_[w]; bits; bits &= bits - 1) {
       const auto bit = static_cast<uint32_t>(__builtin_ctz(bits));
       const uint32_t next = g_.step(state_, static_cast<uint32_t>(w * 32 + bit));
-      if (g_.finish[next] + after >= left_) kept &= ~(1u << bit);
+      if (next == Grammar::kNowhere || g_.finish[next] + after >= left_) kept &= ~(1u << bit);
     }
     scratch_[w] = kept;
   }
@@ -171,7 +166,8 @@ uint32_t Constraint::missing(uint32_t function, uint64_t used) const {
   const auto& f = g_.functions[function];
   uint32_t sum = 0;
   for (uint32_t i = f.first; i < f.first + f.count; ++i)
-    if ((g_.arguments[i].flags & Grammar::kRequired) && !(used >> (i - f.first) & 1)) sum += 1 + need(i);
+    if ((g_.arguments[i].flags & Grammar::kRequired) && !(used >> (i - f.first) & 1))
+      sum = std::min(kNever, sum + 1 + need(i));  // four values that nothing was said for would count past 32 bits
   return sum;
 }
 
@@ -185,14 +181,13 @@ void Constraint::copied() {
   const bool fresh = state_ == g_.arguments[argument_].start;
   const std::string_view text = utterance_.text;
   const uint32_t after = rest();
-  char piece[256] = {' '};
-  const size_t lead = fresh ? 1 : 0;
-  const size_t most = std::min(g_.tokenizer.longest(), sizeof piece - 1);
+  const size_t lead = fresh ? 1 : 0, most = g_.tokenizer.longest();
+  piece_[0] = ' ';
   const size_t from = listed_.size();
   for (uint32_t place : fresh ? utterance_.beginnings : places_) {
     for (size_t n = fresh ? 0 : 1; n <= most && place + n <= text.size(); ++n) {
-      std::copy_n(text.data() + place, n, piece + lead);
-      const uint32_t token = g_.tokenizer.token({piece, n + lead});
+      std::copy_n(text.data() + place, n, piece_.data() + lead);
+      const uint32_t token = g_.tokenizer.token({piece_.data(), n + lead});
       if (token == Tokenizer::kNone || std::find(listed_.begin() + from, listed_.end(), token) != listed_.end()) continue;
       if (after_copy(token) + after < left_) listed_.push_back(token);
     }
@@ -264,6 +259,8 @@ void Constraint::advance(uint32_t token) {
     places_.swap(next_places_);
   }
   state_ = g_.step(state_, token);
+  if (state_ == Grammar::kNowhere)
+    throw Error(GORI_ERROR_FILE, "runner.bin is damaged: its masks and its bytes disagree: export it again");
 }
 
 }  // namespace gori

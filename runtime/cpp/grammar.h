@@ -87,6 +87,7 @@ class Constraint {
   static constexpr uint32_t kNever = 1u << 30;
 
   void structural();
+  // `need`: tokens that an ending after this one takes
   void offer(uint32_t token, uint32_t need) {
     if (need < left_) listed_.push_back(token);
   }
@@ -102,6 +103,7 @@ class Constraint {
   const Grammar& g_;
   Utterance utterance_;
   std::vector<uint32_t> listed_, scratch_, places_, next_places_;
+  std::string piece_;
   const uint32_t* mask_ = nullptr;
   uint32_t left_ = 0, function_ = kNever, argument_ = kNever, state_ = kNever;
   uint64_t used_ = 0;

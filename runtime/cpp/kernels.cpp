@@ -65,10 +65,11 @@ void attend(const float* q, const float* keys, const float* values, size_t count
 }
 
 Tensor& update_cache_out(KernelRuntimeContext& context, const Tensor& value, Tensor& cache, int64_t start, Tensor& out) {
+  ET_KERNEL_CHECK(context, value.dim() == 4 && cache.dim() == 4, InvalidArgument, out);
   const int64_t S = value.size(1), C = cache.size(1), K = cache.size(2), d = cache.size(3);
   ET_KERNEL_CHECK_MSG(
       context,
-      value.dim() == 4 && cache.dim() == 4 && value.size(0) == 1 && cache.size(0) == 1 && value.size(2) == K &&
+      value.size(0) == 1 && cache.size(0) == 1 && value.size(2) == K &&
           value.size(3) == d && value.scalar_type() == ScalarType::Float && cache.scalar_type() == ScalarType::Float &&
           start >= 0 && start + S <= C,
       InvalidArgument, out, "update_cache: %zd tokens at %zd do not fit a cache of %zd", ssize_t(S), ssize_t(start), ssize_t(C));
@@ -81,11 +82,14 @@ Tensor& update_cache_out(KernelRuntimeContext& context, const Tensor& value, Ten
 Tensor& custom_sdpa_out(
     KernelRuntimeContext& context, const Tensor& q, const Tensor& keys, const Tensor& values, int64_t start,
     const optional<Tensor>& mask, double dropout, bool causal, optional<double> scale, Tensor& out) {
+  ET_KERNEL_CHECK(context, q.dim() == 4 && keys.dim() == 4 && values.sizes() == keys.sizes(), InvalidArgument, out);
   const int64_t S = q.size(1), H = q.size(2), d = q.size(3), C = keys.size(1), K = keys.size(2);
   ET_KERNEL_CHECK_MSG(
       context,
-      q.size(0) == 1 && !mask.has_value() && dropout == 0.0 && causal && H % K == 0 && keys.size(3) == d && start >= 0 &&
-          start + S <= C && q.scalar_type() == ScalarType::Float && keys.scalar_type() == ScalarType::Float,
+      q.size(0) == 1 && keys.size(0) == 1 && !mask.has_value() && dropout == 0.0 && causal && K > 0 && H % K == 0 &&
+          keys.size(3) == d && start >= 0 && start + S <= C && q.scalar_type() == ScalarType::Float &&
+          keys.scalar_type() == ScalarType::Float && values.scalar_type() == ScalarType::Float &&
+          out.scalar_type() == ScalarType::Float,
       InvalidArgument, out, "custom_sdpa: only causal attention of one sequence in float32 is known here");
   ET_KERNEL_CHECK(context, executorch::runtime::resize_tensor(out, q.sizes()) == executorch::runtime::Error::Ok, InvalidArgument, out);
   if (scores.size() < static_cast<size_t>(C)) scores.resize(static_cast<size_t>(C));

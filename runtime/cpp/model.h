@@ -16,8 +16,9 @@ class Model {
   Model(const std::string& path, uint32_t threads);
   ~Model();
 
-  // Appends `count` tokens to the history, in chunks; float32 logits [vocabulary] of the last, valid until the next call.
-  const float* run(const uint32_t* ids, size_t count);
+  // Appends `count` tokens to the history, in chunks; float32 logits [last, vocabulary] of the `last` of them, which fit
+  // one chunk and are rows() at most, valid until the next call.
+  const float* run(const uint32_t* ids, size_t count, size_t last = 1);
 
   // Makes the history its first `length` tokens.
   void rewind(size_t length) { length_ = length; }
@@ -26,21 +27,22 @@ class Model {
   uint32_t vocabulary() const { return vocabulary_; }
   uint32_t context() const { return context_; }
   uint32_t chunk() const { return chunk_; }
+  uint32_t rows() const { return rows_; }
   uint32_t threads() const { return threads_; }
 
-  // Keys and values of the first `length` positions, all caches one after the other.
+  // Keys and values of the first `length` positions, as bits, all caches one after the other.
   std::vector<uint32_t> saved(size_t length) const;
   // The inverse; Error where they are not of this program.
   void load(View<uint32_t> values, size_t length);
 
  private:
-  void step(const uint32_t* ids, size_t count);
-  int64_t constant(const char* name);
+  void step(const uint32_t* ids, size_t count, size_t last);
+  uint32_t constant(const char* name);
 
   struct Program;
   std::unique_ptr<Program> program_;
   std::vector<Cache> caches_;
-  uint32_t vocabulary_ = 0, context_ = 0, chunk_ = 0, threads_ = 0;
+  uint32_t vocabulary_ = 0, context_ = 0, chunk_ = 0, rows_ = 1, threads_ = 0;
   size_t length_ = 0;
   const float* logits_ = nullptr;
 };

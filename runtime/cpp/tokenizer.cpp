@@ -6,10 +6,12 @@
 namespace gori {
 namespace {
 
-constexpr uint32_t kReplacement = 0xFFFD, kLast = 0x110000;
+constexpr uint32_t kReplacement = 0xFFFD;
 // Hangul by arithmetic: The Unicode Standard 15.0, section 3.12
 constexpr uint32_t kS = 0xAC00, kL = 0x1100, kV = 0x1161, kT = 0x11A7, kLs = 19, kVs = 21, kTs = 28;
 constexpr uint32_t kSs = kLs * kVs * kTs;
+
+}  // namespace
 
 void append_utf8(uint32_t c, std::string& out) {
   if (c < 0x80) {
@@ -29,8 +31,6 @@ void append_utf8(uint32_t c, std::string& out) {
   }
 }
 
-// One character at `at`, which moves on. Of bytes that are no character the longest part that begins one becomes one
-// U+FFFD, as Python's decoder and the Unicode Standard (table 3-11) have it.
 uint32_t next_character(std::string_view text, size_t& at) {
   const auto byte = [&](size_t i) { return static_cast<uint8_t>(text[i]); };
   const uint8_t lead = byte(at++);
@@ -47,8 +47,6 @@ uint32_t next_character(std::string_view text, size_t& at) {
   }
   return c;
 }
-
-}  // namespace
 
 Tokenizer::Tokenizer(const Tables& t)
     : block_of_(t.get<uint16_t>("block_of")),

@@ -14,6 +14,11 @@
 
 namespace gori {
 
+// One character of a UTF-8 text at `at`, which moves on. Of bytes that are no character the longest part that begins one
+// becomes one U+FFFD, as Python's decoder and the Unicode Standard (table 3-11) have it.
+uint32_t next_character(std::string_view text, size_t& at);
+void append_utf8(uint32_t character, std::string& out);
+
 class Tokenizer {
  public:
   explicit Tokenizer(const Tables& tables);
@@ -64,7 +69,6 @@ class Tokenizer {
   View<uint64_t> pair_;
   std::unordered_map<std::string_view, uint32_t> by_bytes_;
   size_t longest_ = 0;
-
 };
 
 }  // namespace gori

@@ -38,7 +38,7 @@ public final class Gori: @unchecked Sendable {
 
     /// Opens `directory`. The first one of a process decides on `threads`.
     public init(directory: URL, threads: Int32 = 1) throws {
-        var options = gori_open_options(size: MemoryLayout<gori_open_options>.size, threads: threads, use_prefix: 1)
+        var options = gori_open_options(size: MemoryLayout<gori_open_options>.size, threads: threads, use_prefix: 1, lookup: 0)
         var opened: OpaquePointer?
         let status = gori_open(directory.path, &options, &opened)
         guard status == GORI_OK, let opened else { throw GoriError(status) }

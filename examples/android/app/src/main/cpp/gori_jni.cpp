@@ -38,7 +38,7 @@ gori_session* session(jlong handle) { return reinterpret_cast<gori_session*>(han
 extern "C" {
 
 JNIEXPORT jlong JNICALL Java_dev_gori_Native_open(JNIEnv* env, jobject, jbyteArray directory, jint threads) {
-  const gori_open_options options{sizeof(gori_open_options), threads, 1};
+  const gori_open_options options{sizeof(gori_open_options), threads, 1, GORI_LOOKUP_MEASURED};
   gori_session* out = nullptr;
   const gori_status status = gori_open(taken(env, directory).c_str(), &options, &out);
   if (status != GORI_OK) raise(env, status);
