@@ -30,7 +30,8 @@ NEEDED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "gen
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory, toy_tokenizer: Path) -> Path:
-    """et/: a random student that speaks calls; other/: runner.bin of more tokens; answers.json: Python's of et/."""
+    """et/: a random student that speaks calls; copying/: its one function
+    copies a place; other/: runner.bin of more tokens; answers.json: Python's of et/."""
     from gori.export.build import export
 
     build(tests=True)
@@ -38,15 +39,18 @@ def cases(tmp_path_factory: pytest.TempPathFactory, toy_tokenizer: Path) -> Path
     source = write_checkpoint(Case(of("qwen3", vocab_size=360), "w4a8-g32", "w4-g32"), root / "student")
     for name in NEEDED:
         shutil.copyfile(toy_tokenizer / name, source / name)
-    tools = json.loads((source / "tools.json").read_text(encoding="utf-8"))
-    tools[0]["function"]["parameters"]["properties"]["place"]["x-copied"] = True  # what is copied is guessed
-    (source / "tools.json").write_text(json.dumps(tools), encoding="utf-8")
     export("executorch", source, root / "et", context=CONTEXT, chunk=CHUNK, prompts=[[5, 6, 7]])
     (root / "other").mkdir()
     shutil.copyfile(source / "tools.json", root / "other" / "tools.json")
     words = ("".join(random.Random(n).choices("abcdefg", k=5)) for n in range(400))
     tokenizer.train([*words] * 2, read_tools(source / "tools.json"), 500).save(root / "other")
     assert runner_file.write(root / "other", root / "other") == ""
+    shutil.copytree(root / "et", root / "copying")
+    tools = json.loads((source / "tools.json").read_text(encoding="utf-8"))[:1]
+    tools[0]["function"]["parameters"] |= {"properties": {"place": {"type": "string", "x-copied": True}}}
+    tools[0]["function"]["parameters"]["required"] = ["place"]
+    (root / "copying" / "tools.json").write_text(json.dumps(tools), encoding="utf-8")
+    assert runner_file.write(root / "copying", root / "copying") == ""
     (root / "answers.json").write_text(json.dumps(answers_of_python(root / "et")))
     return root
 
