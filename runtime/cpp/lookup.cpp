@@ -5,8 +5,9 @@
 namespace gori {
 namespace {
 
-constexpr double kKept = 0.98;      // what a step's weight becomes at the next: the last fifty count
-constexpr double kEnough = 8;       // steps of a kind before its mean is believed
+constexpr double kKeptAlone = 0.9;  // what a step's weight becomes at the next: the last ten count, those of this moment
+constexpr double kKept = 0.98;      // of guesses the last fifty
+constexpr double kEnough = 8;       // steps of a kind before their mean is believed
 constexpr uint32_t kTryAgain = 32;  // of so many chances one is taken where guesses do not pay: that may change
 
 }  // namespace
@@ -14,10 +15,10 @@ constexpr uint32_t kTryAgain = 32;  // of so many chances one is taken where gue
 bool Lookup::pays() {
   if (when_ != GORI_LOOKUP_MEASURED) return when_ == GORI_LOOKUP_ALWAYS;
   if (guessed_ < kEnough) return true;
-  if (alone_ < kEnough) return false;
+  if (alone_ < kEnough / 2) return false;
   if (++chances_ % kTryAgain == 0) return true;
   // a step with guesses gives one token and those that came
-  return guessed_ms_ < alone_ms_ * (1 + gained_ / guessed_);
+  return cost_ < 1 + gained_ / guessed_;
 }
 
 void Lookup::guess(
@@ -39,13 +40,17 @@ void Lookup::guess(
   for (size_t i = best + 1; i < end && out.size() < most; ++i) out.push_back(prompt[i]);
 }
 
+// What a step with guesses costs is told in steps without, those just before: a machine that is slow for a while is slow at
+// both. One slow moment is not what a step costs.
 void Lookup::took(double ms, bool guessed) {
-  double& mean = guessed ? guessed_ms_ : alone_ms_;
-  double& count = guessed ? guessed_ : alone_;
-  count = count * kKept + 1;
-  if (guessed) gained_ *= kKept;
-  // one slow moment of the machine is not what a step costs
-  mean += (count > kEnough ? std::min(ms, 4 * mean) - mean : ms - mean) / count;
+  if (guessed) {
+    guessed_ = guessed_ * kKept + 1;
+    gained_ *= kKept;
+    if (alone_ > 0) cost_ += (std::min(ms / alone_ms_, 8.0) - cost_) / guessed_;
+  } else {
+    alone_ = alone_ * kKeptAlone + 1;
+    alone_ms_ += (alone_ > 2 ? std::min(ms, 4 * alone_ms_) - alone_ms_ : ms - alone_ms_) / alone_;
+  }
 }
 
 }  // namespace gori

@@ -32,7 +32,8 @@ class Lookup {
   const Tokenizer& tokenizer_;
   size_t most_;
   gori_lookup when_;
-  double alone_ms_ = 0, guessed_ms_ = 0;  // running means
+  double alone_ms_ = 0;                          // running mean of a step without guesses
+  double cost_ = 0;                              // of a step with guesses, in steps without
   double alone_ = 0, guessed_ = 0, gained_ = 0;  // steps of each kind, and guesses that came, the older the less they count
   uint32_t chances_ = 0;
 };
