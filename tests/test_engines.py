@@ -107,13 +107,19 @@ def test_prefill_and_decode_give_the_checkpoints_logits_within_its_noise_floor(
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", ENGINES)
-def test_greedy_tokens_are_the_eager_references(name: str, case: str, made: Made) -> None:
+def test_greedy_tokens_are_the_eager_references_up_to_its_noise(name: str, case: str, made: Made) -> None:
     source, out = made(name, case)
     eager, session = reference(name, source), opened(name, out)
     for prompt in ([5], tokens(17), tokens(CHUNK, seed=4)):
-        want = greedy(eager, prompt, ())
-        assert len(set(want)) > 1
-        assert greedy(session, prompt, ()) == want
+        answer = greedy(session, prompt, ())
+        assert len(set(answer)) > 1
+        # the likeliest token of the reference behind the same tokens; of two that its own noise cannot tell apart,
+        # either: which one is taken depends on the processor
+        eager.reset()
+        logits = eager.prefill(prompt)
+        for token in answer:
+            assert logits[token] >= logits.max() - 2 * CLOSE[TARGETS[name].arithmetic] * np.abs(logits).max()
+            logits = eager.decode(token) if eager.length < CONTEXT else logits
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
