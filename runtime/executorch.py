@@ -11,7 +11,8 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -73,6 +74,21 @@ def set_threads(engine: ModuleType, threads: int | None) -> int:
     return _threads
 
 
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """So many threads for torch's products, which the wheel's attention uses: they are another pool than ExecuTorch's,
+    and on a busy machine its threads spin for each other (a prompt of 128 tokens took three times as long)."""
+    before = torch.get_num_threads()
+    if before == count:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class ExecutorchSession(Session):
     """One loaded program; see Session."""
 
@@ -85,7 +101,8 @@ class ExecutorchSession(Session):
     def _run(self, ids: Sequence[int], start: int) -> Logits:
         tokens = torch.from_numpy(np.asarray([ids], dtype=np.int64))
         try:
-            logits = self._forward((tokens, torch.tensor([start])))[0]
+            with torch_threads(self.info.threads):
+                logits = self._forward((tokens, torch.tensor([start])))[0]
             return logits[0].numpy()
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
             raise GoriError(f"{self.info.path} does not run ({one_line(e)}): export it again") from e
