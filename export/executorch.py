@@ -41,12 +41,16 @@ def write(w: Weights, out: Path, o: Options) -> dict[str, Any]:
         "linears": count,
         "planned_bytes": lowered.planned_bytes,
     }
-    why_not = runner_file.write(o.source, out, o.system) if (o.source / "tokenizer.json").exists() else "no tokenizer"
-    if why_not and o.runner:
-        raise GoriError(f"no prefix can be saved: {why_not}")
+    if (o.source / "tokenizer.json").exists():
+        why_not = runner_file.write(o.source, out, o.system)
+        facts["notes"] = [why_not] if why_not else []
+    else:  # the export's driver says so in the manifest
+        why_not = "no tokenizer"
     if o.runner:
+        if why_not:
+            raise GoriError(f"no prefix can be saved: {why_not}")
         save_prefix(o.runner, out)
-    return facts | ({"notes": [why_not]} if why_not.startswith("no runner") else {})
+    return facts
 
 
 def save_prefix(runner: Path, directory: Path) -> None:

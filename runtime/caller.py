@@ -23,7 +23,7 @@ from gori.errors import GoriError
 from gori.grammar import load_grammar, speaks_calls
 from gori.runtime.constrain import MOST_CALLS, Constraint, PromptError, Vocabulary, choose_allowed
 from gori.runtime.generate import Pick, Utf8Stream, generate, picker
-from gori.runtime.session import Session, Snapshot, open_session
+from gori.runtime.session import Session, Snapshot, folder_of, open_session
 from gori.tokenizer import SYSTEM_FILE, Tokenizer, eos_ids
 
 MOST = 256
@@ -65,8 +65,7 @@ class Caller:
     @classmethod
     def open(cls, path: Path, threads: int | None = None, kv: str | None = None) -> Caller:
         """Open an artifact or a checkpoint with its engine; GoriError where its tokenizer is not beside it."""
-        path = Path(path)
-        directory = path.parent if path.is_file() else path
+        directory = folder_of(Path(path))
         tools = directory / "tools.json"
         functions = read_tools(tools) if tools.exists() else {}
         return cls(open_session(path, threads, kv), Tokenizer.load(directory), directory, functions)

@@ -32,7 +32,7 @@ class Vocabulary:
 
     def __init__(self, grammar: Grammar, pieces: Sequence[bytes]) -> None:
         a = grammar.arrays
-        self.grammar, self.pieces = grammar, list(pieces)
+        self.pieces = list(pieces)
         self.size = len(self.pieces)
         self.tokens = {p: i for i, p in enumerate(self.pieces) if p}
         self.longest = max(map(len, self.pieces))

@@ -5,7 +5,7 @@ A checkpoint answers in batches in eager torch, an artifact one by one in its ow
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from gori.data import Conversation, read_conversations
 from gori.errors import GoriError
 from gori.runtime import forced
 from gori.runtime.caller import Caller
-from gori.runtime.session import find_engine, open_session
+from gori.runtime.session import find_engine, folder_of, open_session
 from gori.statistics import token_fidelity
 from gori.targets import PARITY
 from gori.tokenizer import Tokenizer, eos_ids
@@ -34,11 +34,6 @@ def is_artifact(directory: Path) -> bool:
     """Whether an engine other than eager torch runs what lies here."""
     engine, _ = find_engine(Path(directory))
     return engine is not None and engine.name != "eager"
-
-
-def folder_of(path: Path) -> Path:
-    """Where the tokenizer and the tools of a model lie: its directory, also where its file was named."""
-    return path.parent if path.is_file() else path
 
 
 def rounding_of(directory: Path) -> str:
@@ -69,27 +64,38 @@ def evaluate_model(
 
     `constrained` answers can be nothing but calls of the model's own tools, and are made one by one."""
     tokenizer = Tokenizer.load(folder_of(directory))
-    caller = Caller.open(directory, threads) if constrained else None
-    generate = None if caller else generator(directory, threads, rounding)
+    answering = _constrained(directory, threads) if constrained else _free(directory, threads, rounding)
     todo = [(split, c) for split, conversations in tests.items() for c in conversations]
-    one_by_one = caller is not None or is_artifact(directory)
+    one_by_one = constrained or is_artifact(directory)
     step = SLICE if one_by_one else len(todo)  # a decoder's batches are fullest over all rows at once
     rows: list[dict[str, Any]] = []
     with console.steps(f"evaluate {label}", len(todo)) as bar:
         for start in range(0, len(todo), step):
             part = todo[start : start + step]
             conversations = [c for _, c in part]
-            answers = generate or caller_answers(caller, conversations)
-            scored = evaluate.score(conversations, answers, tokenizer, functions)
+            scored = evaluate.score(conversations, answering(conversations), tokenizer, functions)
             rows += [_row(split, s) for (split, _), s in zip(part, scored, strict=True)]
             bar.update(len(rows), f"exact {sum(r['exact'] for r in rows) / len(rows):.3f}")
     return rows
 
 
-def caller_answers(caller: Caller | None, rows: Sequence[Conversation]) -> evaluate.Generate:
-    """Constrained answers to these rows, whatever the prompts: the caller makes them itself."""
-    assert caller is not None
-    return lambda _: [caller.answer(c.turns[:-1], most=evaluate.MAX_NEW_TOKENS).ids for c in rows]
+Answering = Callable[[Sequence[Conversation]], evaluate.Generate]
+"""Rows → what answers their prompts."""
+
+
+def _free(directory: Path, threads: int | None, rounding: str) -> Answering:
+    generate = generator(directory, threads, rounding)
+    return lambda _: generate
+
+
+def _constrained(directory: Path, threads: int | None) -> Answering:
+    """Answers to the rows themselves, whatever the prompts: the caller makes those."""
+    caller = Caller.open(directory, threads)
+
+    def answer(c: Conversation) -> list[int]:
+        return caller.answer(c.turns[:-1], most=evaluate.MAX_NEW_TOKENS).ids
+
+    return lambda rows: lambda _: [answer(c) for c in rows]
 
 
 def _row(split: str, s: evaluate.Scored) -> dict[str, Any]:

@@ -179,6 +179,11 @@ def open_session(path: Path | str, threads: int | None = None, kv: str | None = 
     raise GoriError(f"{path} {'holds' if path.is_dir() else 'is'} nothing that gori runs: a session opens {known}")
 
 
+def folder_of(path: Path) -> Path:
+    """Where the tokenizer and the tools of a model lie: its directory, also where its file was named."""
+    return path.parent if path.is_file() else path
+
+
 def find_engine(path: Path) -> tuple[Engine | None, Path]:
     """The engine that runs what lies at a path, and the file that it opens."""
     for engine in ENGINES:

@@ -116,6 +116,22 @@ def artifact(tmp_path_factory: pytest.TempPathFactory, toy_tokenizer: Path) -> P
     return root / "gguf"
 
 
+@pytest.fixture(scope="session")
+def runner() -> Path:
+    """The directory of the C++ runner's build."""
+    from runner_probe import build
+
+    return build()
+
+
+@pytest.fixture(scope="session")
+def car(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported student with the in-car functions, untrained."""
+    from embedded import exported_car
+
+    return exported_car(tmp_path_factory.mktemp("car") / "root")
+
+
 @pytest.fixture
 def copy(artifact: Path, tmp_path: Path) -> Path:
     """One that a test may damage."""

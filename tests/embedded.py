@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import subprocess
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ def done(*command: object, **more: Any) -> subprocess.CompletedProcess[str]:
     return out
 
 
-@cache
 def exported_car(root: Path) -> Path:
     """An exported student with the in-car functions, untrained: the grammar alone makes its answers calls."""
     root.mkdir()

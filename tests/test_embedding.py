@@ -17,9 +17,8 @@ from typing import Any
 
 import pytest
 
-from embedded import ROOT, Service, ask, done, exported_car
+from embedded import ROOT, Service, ask, done
 from gori import incar
-from runner_probe import build as build_runner
 
 VEHICLE = ROOT / "examples" / "vehicle"
 UNIT = VEHICLE / "gori-vehicle.service"
@@ -46,16 +45,6 @@ extern "C" gori_status gori_call(gori_session*, const char* said, const gori_cal
 }
 extern "C" void gori_cancel(gori_session*) { cancelled = true; }
 """
-
-
-@pytest.fixture(scope="session")
-def runner() -> Path:
-    return build_runner()
-
-
-@pytest.fixture(scope="session")
-def car(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported_car(tmp_path_factory.getbasetemp() / "car")
 
 
 @pytest.fixture(scope="session")

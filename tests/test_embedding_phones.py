@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from embedded import ROOT, done, exported_car
-from runner_probe import build as build_runner
+from embedded import ROOT, done
 
 ANDROID, IOS = ROOT / "examples" / "android", ROOT / "examples" / "ios"
 
@@ -45,16 +44,6 @@ class GoriException extends RuntimeException {
   }
 }
 """
-
-
-@pytest.fixture(scope="session")
-def runner() -> Path:
-    return build_runner()
-
-
-@pytest.fixture(scope="session")
-def car(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported_car(tmp_path_factory.getbasetemp() / "car")
 
 
 def java_home() -> Path:

@@ -56,7 +56,7 @@ class Answerer {
   const float* logits_ = nullptr;  // of the last certain token; null where that is still pending
   View<uint32_t> before_, after_;
   std::string lead_, text_, said_, bytes_;
-  std::vector<uint32_t> ends_, pending_, tokens_, prompt_, written_;
+  std::vector<uint32_t> ends_, pending_, tokens_, prompt_;
   std::vector<std::pair<float, uint32_t>> ranked_;
   std::mt19937_64 random_;
   size_t prefix_ = 0;
