@@ -16,6 +16,7 @@ import numpy as np
 from gori.artifact import read_bytes
 from gori.calls import ASSISTANT, END, SYSTEM, TOOL, USER, Call, CallError, Function, check_call, read_text, render
 from gori.errors import GoriError
+from gori.soft import Soft
 from gori.tokenizer import Tokenizer
 
 ROLES = {"user": USER, "system": SYSTEM, "assistant": ASSISTANT}
@@ -59,6 +60,8 @@ class Example:
 
     ids: list[int]
     loss: list[bool]
+    soft: Soft | None = None
+    """What a teacher said of each answer token, where it was cached."""
 
 
 def read_conversations(path: Path, functions: Mapping[str, Function]) -> list[Conversation]:

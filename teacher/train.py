@@ -26,6 +26,7 @@ from gori.artifact import os_errors
 from gori.data import Example, batches, collate
 from gori.errors import GoriError
 from gori.model import Decoder
+from gori.soft import join
 from gori.teacher.optim import Muon, optimizers, schedule
 from gori.teacher.workers import Workers, split
 
@@ -67,6 +68,8 @@ class TrainBatch:
     """Share of the run's steps that are done."""
     noise: int = 0
     """Seed of this batch's dropout."""
+    soft: tuple[Tensor, Tensor] | None = None
+    """A cached teacher's entries at `targets`: ids int64 and weights float32, both `[answers, k]` (gori.soft)."""
 
     @property
     def targets(self) -> Tensor:
@@ -97,7 +100,14 @@ def to_tensors(
 ) -> TrainBatch:
     b = collate(examples, pad)
     ids, loss, valid = (torch.from_numpy(a).to(device) for a in (b.ids, b.loss, b.valid))
-    return TrainBatch(ids, loss, valid, progress, noise)
+    soft = [e.soft for e in examples if e.soft is not None]
+    joined = None
+    if soft:
+        if len(soft) != len(examples):
+            raise GoriError(f"{len(soft)} of {len(examples)} rows have a teacher's cached entries: cache all or none")
+        entries, weights = join(soft)
+        joined = torch.from_numpy(entries).to(device), torch.from_numpy(weights).to(device)
+    return TrainBatch(ids, loss, valid, progress, noise, joined)
 
 
 def fit(
