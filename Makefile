@@ -25,7 +25,7 @@ $(VENV)/tflite-2.14/.ready: $(VENV)/.ready
 demo: setup
 	$(BIN)/gori demo --out $(DEMO)
 
-# the C++ runner: build/gori-call and build/libgori.so; needs CMake and a C++17 compiler
+# the C++ runner: build/gori-call, build/gori-bench and build/libgori.so; needs CMake and a C++17 compiler
 RUNNER := build/runner
 runner: setup
 	@command -v cmake > /dev/null || { echo 'make runner needs CMake 3.19 or newer: pip install cmake, or your system'"'"'s package' >&2; exit 1; }
@@ -33,7 +33,7 @@ runner: setup
 	  -DEXECUTORCH_ROOT=$$($(BIN)/python -c 'import importlib.util as u; print(next(iter(u.find_spec("executorch").submodule_search_locations)))') \
 	  -DGORI_VERSION=$$($(BIN)/python -c 'import gori; print(gori.__version__)') > /dev/null
 	cmake --build $(RUNNER) --parallel
-	ln -sf runner/gori-call runner/libgori.so build/
+	ln -sf runner/gori-call runner/gori-bench runner/libgori.so build/
 
 test: setup
 	$(BIN)/python -m pytest

@@ -7,8 +7,8 @@ The first column is llama-bench, of a llama.cpp built for this machine (`cmake -
 -DGGML_NATIVE=ON -DLLAMA_CURL=OFF`), at its own defaults: float16 caches, repacked weights, flash attention where it
 chooses so. Its tokens are timed one by one, after as many as the others have read (`-n 1 -d 32`): of a longer run it
 tells the mean alone, which other work on the machine moves more than a median. The second is the .gguf through gori's
-session (xllamacpp's wheel, built for AVX2, float32 caches), the third the .pte. A round is a process for each, and
-ratios are of rounds.
+session (xllamacpp's wheel, built for AVX2, float32 caches), the third the .pte, the fourth the .pte in the C++ runner
+(`--runner build/gori-bench`). A round is a process for each, and ratios are of rounds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 from gori.export.build import export
 from gori.quantize.stage import quantize
-from gori.runtime.bench import Entry, Round, compare, entry, printed
+from gori.runtime.bench import Entry, Round, compare, entry, printed, runner_entries
 from gori.runtime.bench_report import text
 from gori.runtime.bench_round import FIRST_TOKEN_PROMPT
 
@@ -44,6 +44,8 @@ def time(a: argparse.Namespace) -> None:
     """The comparison; `--json` keeps all of it."""
     gguf, pte = (a.directory / t for t in TARGETS)
     entries = [entry(p, a.threads, (PROMPT,), DECODED) for p in (gguf, pte)]
+    if a.runner:
+        entries += runner_entries(a.runner, [(pte, a.threads)], (PROMPT,), DECODED)
     if a.llama_bench:
         measure = partial(llama_bench, a.llama_bench, gguf / "model.gguf", a.threads)
         entries.insert(0, Entry(f"llama-bench {gguf}", measure, gguf))
@@ -99,6 +101,7 @@ def main() -> None:
     timer.set_defaults(run=time)
     timer.add_argument("directory", type=Path)
     timer.add_argument("--llama-bench", type=Path, help="llama.cpp's program; without it the two sessions alone")
+    timer.add_argument("--runner", type=Path, help="the C++ runner's gori-bench; without it Python's session alone")
     timer.add_argument("--threads", type=int, default=1)
     timer.add_argument("--rounds", type=int, default=7)
     timer.add_argument("--json", type=Path, help="write every figure there")

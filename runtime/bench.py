@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,35 @@ def entry(path: Path, threads: int | None, prompts: Sequence[int], decoded: int)
     return Entry(str(path), lambda: one_round(path, threads, prompts, decoded), path)
 
 
+def runner_entries(
+    program: Path,
+    artifacts: Sequence[tuple[Path, int | None]],
+    prompts: Sequence[int],
+    decoded: int,
+) -> list[Entry]:
+    """The C++ runner's gori-bench on those of the artifacts, each with its threads, that are ExecuTorch's."""
+    found = []
+    for path, threads in artifacts:
+        engine, file = find_engine(path)
+        if engine is not None and engine.name == "executorch":
+            command = [str(program.resolve()), *_times(prompts, decoded, threads or 1), str(file)]
+            label = f"{program.name} {path}"
+            found.append(Entry(label, partial(printed, command, label), path))
+    if not found:
+        raise GoriError(f"{program} runs .pte files, and none of the artifacts is one: export one for executorch")
+    return found
+
+
+def _times(prompts: Sequence[int], decoded: int, threads: int | None) -> list[str]:
+    """What to time, as arguments that a round's process takes in Python and in C++."""
+    arguments = ["--decode", str(decoded), *(a for n in prompts for a in ("--prompt", str(n)))]
+    return arguments + ([] if threads is None else ["--threads", str(threads)])
+
+
 def one_round(path: Path, threads: int | None, prompts: Sequence[int], decoded: int) -> Round:
     """A round of an artifact in a fresh process."""
-    arguments = [str(path), "--decode", str(decoded), *(a for n in prompts for a in ("--prompt", str(n)))]
-    arguments += [] if threads is None else ["--threads", str(threads)]
-    return printed([sys.executable, "-m", "gori.runtime.bench_round", *arguments], str(path))
+    arguments = _times(prompts, decoded, threads)
+    return printed([sys.executable, "-m", "gori.runtime.bench_round", str(path), *arguments], str(path))
 
 
 def bandwidth(threads: Sequence[int]) -> Round:
@@ -80,6 +105,8 @@ def printed(command: Sequence[str], what: str, environment: dict[str, str] | Non
             stdin=subprocess.DEVNULL,
             env=environment,
         )
+    except OSError as e:
+        raise GoriError(f"{what} could not be measured: {command[0]} is no program ({e.strerror})") from e
     except subprocess.TimeoutExpired as e:
         raise GoriError(f"{what} was not measured within {LONGEST_S:.0f} s: ask for shorter prompts") from e
     if done.returncode:

@@ -25,6 +25,11 @@ def thread_count(_: click.Context, __: click.Parameter, text: str | None) -> int
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--against", multiple=True, type=click.Path(path_type=Path), help="Another artifact; repeatable.")
 @click.option(
+    "--runner",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="The C++ runner's gori-bench (`make runner`): times each .pte, too.",
+)
+@click.option(
     "--threads",
     callback=thread_count,
     metavar="N|auto",
@@ -37,6 +42,7 @@ def thread_count(_: click.Context, __: click.Parameter, text: str | None) -> int
 def bench(
     artifact: Path,
     against: tuple[Path, ...],
+    runner: Path | None,
     threads: int | str | None,
     prompts: tuple[int, ...],
     decoded: int,
@@ -48,7 +54,7 @@ def bench(
     Prefill and decode in tokens/s, time to the first token after 32, loading, memory above the engine's library, and
     how much of the machine's read bandwidth decoding reaches.
     """
-    from gori.runtime.bench import compare, entry
+    from gori.runtime.bench import compare, entry, runner_entries
     from gori.runtime.bench_report import text
     from gori.runtime.bench_threads import choose
 
@@ -58,8 +64,10 @@ def bench(
     choices = [choose(path) if threads == AUTO else None for path in paths]
     counts = [c["chosen"] if c else None if threads is None else int(threads) for c in choices]
     entries = [entry(p, n, prompts, decoded) for p, n in zip(paths, counts, strict=True)]
+    if runner:
+        entries += runner_entries(runner, list(zip(paths, counts, strict=True)), prompts, decoded)
     body = compare(entries, rounds)
-    for found, choice in zip(body["artifacts"], choices, strict=True):
+    for found, choice in zip(body["artifacts"], choices, strict=False):
         if choice:
             found["thread_choice"] = choice
     console.result(body, as_json, text(body))

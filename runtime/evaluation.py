@@ -74,7 +74,7 @@ def evaluate_model(
             part = todo[start : start + step]
             conversations = [c for _, c in part]
             scored = evaluate.score(conversations, answering(conversations), tokenizer, functions)
-            rows += [_row(split, s) for (split, _), s in zip(part, scored, strict=True)]
+            rows += [as_row(split, s) for (split, _), s in zip(part, scored, strict=True)]
             bar.update(len(rows), f"exact {sum(r['exact'] for r in rows) / len(rows):.3f}")
     return rows
 
@@ -98,7 +98,8 @@ def _constrained(directory: Path, threads: int | None) -> Answering:
     return lambda rows: lambda _: [answer(c) for c in rows]
 
 
-def _row(split: str, s: evaluate.Scored) -> dict[str, Any]:
+def as_row(split: str, s: evaluate.Scored) -> dict[str, Any]:
+    """One answered row as a dictionary; see evaluate_model."""
     wanted = s.conversation.answer
     return {
         "split": split,

@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "runtime" / "cpp"
-PARTS = ("tables", "sound", "tokenizer", "grammar")
+PARTS = ("tables", "sound", "tokenizer", "grammar", "attention")
 CAPACITY = 1 << 17
 SANITIZE = os.environ.get("GORI_SANITIZE", "")
 """Of a process in which the sanitizer's library was preloaded (test_runner.py)."""

@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,26 @@ def test_the_program_answers_lines_and_says_what_is_wrong(et: Path) -> None:
     assert run("--bad", str(et)).returncode == 2
     assert run(str(et / "nowhere"), "a").returncode == 1
     assert run("--version").stdout.startswith("gori-call ")
+
+
+def test_the_runner_is_timed_beside_pythons_session(
+    et: Path, gori: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    program = build(tests=True) / "gori-bench"
+    options = ("--rounds", 2, "--prompt", 8, "--prompt", 5000, "--decode", 4, "--threads", 1, "--json")
+    done = gori("bench", et, "--runner", program, *options)
+    assert done.returncode == 0, done.stderr
+    session, runner = json.loads(done.stdout)["artifacts"]
+    assert (session["engine"], runner["engine"]) == ("executorch", "gori-bench")
+    for fact in ("file_bytes", "context", "threads", "prompt_skipped", "first_token_prompt", "decode_tokens"):
+        assert session[fact] == runner[fact]
+    times = [runner["prefill"]["8"]["p50_ms"], runner["decode"]["p50_ms"], runner["first_token"]["p50_ms"]]
+    assert min(*times, runner["load_ms"], runner["rss_mib"]) > 0
+    assert runner["step"]["gb_per_s"] > 0
+    refused = gori("bench", et / "tokenizer.json", "--runner", program)
+    assert refused.returncode == 1
+    done = gori("bench", et, "--runner", et / "tokenizer.json", "--rounds", 1)
+    assert (done.returncode, "is no program" in done.stderr) == (1, True)
 
 
 def test_nothing_is_allocated_while_tokens_are_made(et: Path) -> None:

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "attention.h"
 #include "grammar.h"
 #include "sound.h"
 #include "tables.h"
@@ -88,6 +89,12 @@ size_t probe_allowed(Probe* p, uint32_t* ids, size_t capacity, int64_t* forced) 
 
 int probe_advance(Probe* p, uint32_t token) {
   return guarded(-1, [&] { return p->constraint->advance(token), p->constraint->done() ? 1 : 0; });
+}
+
+void probe_attention(
+    const size_t* shape, size_t start, const float* q, const float* keys, const float* values, float scale, float* y) {
+  std::vector<float> scores(gori::scores_for(start + shape[0]));
+  gori::attention({shape[0], shape[1], shape[2], shape[3]}, start, q, keys, values, scale, scores.data(), y);
 }
 
 }  // extern "C"
