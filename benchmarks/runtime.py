@@ -20,9 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gori.children import printed
 from gori.export.build import export
 from gori.quantize.stage import quantize
-from gori.runtime.bench import Entry, Round, compare, entry, printed, runner_entries
+from gori.runtime.bench import Entry, Round, compare, entry, runner_entries
 from gori.runtime.bench_report import text
 from gori.runtime.bench_round import FIRST_TOKEN_PROMPT
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gori.artifact import Manifest, content_hash, make, read_manifest, sha256_file
-from gori.errors import GoriError, one_line
+from gori.children import printed
 from gori.quantize.journal import held
 from gori.quantize.space import MIXED
 from gori.quantize.workers import Outcome, Say, Task
@@ -215,18 +214,4 @@ def elapsed_s(manifest: dict[str, Any]) -> float:
 def speed(artifact: Path, threads: int) -> dict[str, Any]:
     """Memory, load time and tokens/s of a file, in a fresh process; see gori.runtime.measure."""
     command = [sys.executable, "-m", "gori.runtime.measure", str(artifact), "--threads", str(threads)]
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=LONGEST_MEASUREMENT_S,
-            stdin=subprocess.DEVNULL,
-        )
-    except subprocess.TimeoutExpired as e:
-        raise GoriError(f"{artifact} was not measured within {LONGEST_MEASUREMENT_S:.0f} s") from e
-    if done.returncode:
-        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), f"exit {done.returncode}")
-        raise GoriError(f"{artifact} could not be measured: {one_line(RuntimeError(last))}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return printed(command, str(artifact), LONGEST_MEASUREMENT_S)

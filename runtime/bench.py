@@ -7,10 +7,8 @@ tables. No torch.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from gori import console
+from gori.children import printed
 from gori.errors import GoriError
 from gori.runtime.bandwidth import ONE_THREAD, last_level_cache_bytes
 from gori.runtime.litert_lm import BUNDLE
@@ -29,8 +28,6 @@ from gori.runtime.step_bytes import step_bytes
 
 Round = dict[str, Any]
 """What one process measured; the keys are those of bench_round.run."""
-LONGEST_S = 900.0
-"""A round that takes longer is given up."""
 FACTS = ("engine", "engine_version", "threads", "file_bytes", "context", "stand_in", "prompt_skipped")
 SIZES = ("load_ms", "rss_mib", "peak_rss_mib")
 
@@ -89,31 +86,7 @@ def bandwidth(threads: Sequence[int]) -> Round:
     """The machine's read bandwidth now, in a fresh process; see gori.runtime.bandwidth."""
     arguments = [a for n in threads for a in ("--threads", str(n))]
     command = [sys.executable, "-m", "gori.runtime.bandwidth", *arguments]
-    return printed(command, "the read bandwidth", {**os.environ, **ONE_THREAD})
-
-
-def printed(command: Sequence[str], what: str, environment: dict[str, str] | None = None) -> Any:
-    """The JSON that a process prints; GoriError if it fails, with the error that it prints in place of a result, or
-    with the last line of its stderr."""
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=LONGEST_S,
-            stdin=subprocess.DEVNULL,
-            env=environment,
-        )
-    except OSError as e:
-        raise GoriError(f"{what} could not be measured: {command[0]} is no program ({e.strerror})") from e
-    except subprocess.TimeoutExpired as e:
-        raise GoriError(f"{what} was not measured within {LONGEST_S:.0f} s: ask for shorter prompts") from e
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-        said = json.loads(done.stdout)["error"] if done.returncode == 1 and done.stdout else lines[-1]
-        raise GoriError(f"{what} could not be measured: {said}")
-    return json.loads(done.stdout)
+    return printed(command, "the read bandwidth", environment={**os.environ, **ONE_THREAD})
 
 
 def compare(entries: Sequence[Entry], rounds: int) -> dict[str, Any]:
