@@ -23,6 +23,7 @@ from typing import Any
 import gori
 from gori import console
 from gori.errors import GoriError
+from gori.ranks import agreed, barrier, by_first, current
 
 MANIFEST = "manifest.json"
 SIGNATURE = "signature.json"
@@ -358,24 +359,41 @@ def planning() -> Iterator[list[bool]]:
         _planned = None
 
 
-def make(out: Path, manifest: Manifest, build: Callable[[Path], None], scratch: Path | None = None) -> bool:
+def make(
+    out: Path,
+    manifest: Manifest,
+    build: Callable[[Path], None],
+    scratch: Path | None = None,
+    by_all: bool = False,
+) -> bool:
     """Run a stage unless `out` already holds what it would write; returns whether it ran.
 
     `build(tmp)` writes the files into a temporary directory and fills the manifest's metrics, gates and notes.
-    `scratch` is a file that only an unfinished run needs; it is removed once `out` is whole.
+    `scratch` is a file or folder that only an unfinished run needs; it is removed once `out` is whole.
+    Under torchrun every rank calls it and the first builds alone; `by_all`: all build, and the first alone writes.
     """
     if _planned is not None:
         _planned.append(not is_current(out, manifest.fingerprint))
         return False
-    recover(out)
-    check_same_kind(out, manifest)
-    current = is_current(out, manifest.fingerprint)
-    if current:
-        console.log(f"{manifest.stage} {manifest.name}: unchanged, skipped ({out})")
-    else:
+
+    def write() -> None:
         with writing(out) as tmp:
             build(tmp)
             manifest.write(tmp)
-    if scratch:
-        scratch.unlink(missing_ok=True)
-    return not current
+
+    if first := current().first:
+        recover(out)
+        check_same_kind(out, manifest)
+    there = agreed(first and is_current(out, manifest.fingerprint))
+    if there:
+        console.log(f"{manifest.stage} {manifest.name}: unchanged, skipped ({out})")
+    elif not by_all:
+        by_first(write)
+    elif first:
+        write()
+    else:
+        build(_siblings(out)[0])
+    if first and scratch:
+        shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink(missing_ok=True)
+    barrier()
+    return not there

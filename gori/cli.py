@@ -11,13 +11,14 @@ import click
 
 import gori
 from gori.errors import GateError, GoriError
+from gori.ranks import current, joined
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("gori.commands:demo", "The whole pipeline on the built-in in-car task."),
     "init": ("gori.commands:init", "A commented recipe.yaml for your own data."),
     "run": ("gori.commands:run", "Every stage of a recipe; skips what is unchanged, continues what was cut off."),
     "data": ("gori.commands:data", "The built-in corpus; checking your own."),
-    "teacher": ("gori.teacher.commands:teacher", "Train a mixture-of-experts teacher."),
+    "teacher": ("gori.teacher.commands:teacher", "Train, import or cache a mixture-of-experts teacher."),
     "distill": ("gori.distill.commands:distill", "Pour a dense student out of a teacher."),
     "quantize": ("gori.quantize.commands:quantize", "Integers and scales, once, for every target."),
     "sweep": (
@@ -42,6 +43,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
+ON_RANKS = {"demo", "run", "teacher", "distill"}
+"""Commands that torchrun may start."""
+
+
 class Lazy(click.Group):
     """A group whose commands are imported when they run; the list shows the table's one-line help."""
 
@@ -51,6 +56,8 @@ class Lazy(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
+        if current().world > 1 and cmd_name not in ON_RANKS:
+            raise GoriError(f"`gori {cmd_name}` works in one process: start it without torchrun")
         module, _, attribute = COMMANDS[cmd_name][0].partition(":")
         command = getattr(importlib.import_module(module), attribute)
         assert isinstance(command, click.Command)
@@ -84,7 +91,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line: exit 0 done, 1 a user's error in one sentence, 2 usage, 3 a gate or budget not met."""
     try:
         try:
-            root.main(arguments, prog_name="gori", standalone_mode=True)
+            with joined():
+                root.main(arguments, prog_name="gori", standalone_mode=True)
         finally:
             sys.stdout.flush()
     except GateError as e:

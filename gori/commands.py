@@ -95,7 +95,7 @@ def init(directory: Path, files: tuple[Path, ...], tools: Path | None, as_json: 
 
 @click.group()
 def data() -> None:
-    """The built-in corpus; checking your own."""
+    """The built-in corpus; checking your own; token shards."""
 
 
 @data.command(epilog="Example: gori data incar --out incar --seed 1")
@@ -138,6 +138,23 @@ def check(files: tuple[Path, ...], tools: Path, as_json: bool) -> None:
         }
     text = "\n".join(f"{p}: " + ", ".join(f"{k} {v}" for k, v in row.items()) for p, row in found.items())
     console.result(found, as_json, text)
+
+
+@data.command(epilog="Example: gori data tokens books.txt web.jsonl --tokenizer runs/mine/tokenizer --out tokens")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--tokenizer", required=True, type=click.Path(path_type=Path), help="Folder with tokenizer.json.")
+@out_option
+@click.option("--shard-tokens", type=click.IntRange(2), default=1 << 27, show_default=True, help="Tokens of one file.")
+@json_option
+def tokens(files: tuple[Path, ...], tokenizer: Path, out: Path, shard_tokens: int, as_json: bool) -> None:
+    """Encode text files and JSON Lines with "text" or "messages" into shards that teacher.train.tokens names."""
+    from gori.artifact import read_manifest
+    from gori.tokens import write_tokens
+
+    write_tokens(files, tokenizer, out, shard_tokens)
+    body = read_manifest(out)
+    m = body["metrics"]
+    console.result(body, as_json, f"{out}: {m['tokens']:,} tokens in {m['shards']} shards")
 
 
 @click.command(epilog="Example: gori doctor --json")

@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from gori.ranks import current
+
 stderr = Console(stderr=True, highlight=False, emoji=False)
 
 
@@ -49,7 +51,9 @@ def without_lines(*parts: str) -> Iterator[None]:
 
 
 def log(message: str) -> None:
-    """One line of progress on stderr."""
+    """One line of progress on stderr, of the first rank."""
+    if not current().first:
+        return
     stderr.print(message, markup=False, soft_wrap=True)
 
 
@@ -59,7 +63,9 @@ def table_width() -> int:
 
 
 def result(value: Any, as_json: bool, text: str | Table) -> None:
-    """Print a command's result to stdout: one JSON object, or its text or table."""
+    """Print a command's result to stdout: one JSON object, or its text or table. The first rank prints it."""
+    if not current().first:
+        return
     if as_json:
         print(json.dumps(value, ensure_ascii=False))
     elif isinstance(text, Table):
@@ -87,7 +93,7 @@ class Steps:
 @contextmanager
 def steps(label: str, total: int, every_s: float = 15.0) -> Iterator[Steps]:
     """Show progress of `total` steps."""
-    if not _bars:
+    if not _bars or current().world > 1:
         yield Steps(None, None, label, total, every_s)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -10,13 +10,16 @@ I MLP width, V vocabulary, N = B*T tokens, A = N*top_k assignments of tokens to 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from gori.dropout import Dropout
 from gori.errors import GoriError
 from gori.norm import RMSNorm
 
@@ -186,8 +189,16 @@ class Experts(nn.Module):
 
     def forward(self, x_AD: Tensor, ends_E: Tensor) -> Tensor:
         """Rows sorted by expert and, for each expert, where its rows end (int32) → outputs `[A, D]`."""
-        gate, up = F.grouped_mm(x_AD, self.gate_up.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
-        return F.grouped_mm(F.silu(gate) * up, self.down.transpose(1, 2), offs=ends_E)
+        return expert_rows(x_AD, ends_E, self.gate_up, self.down)
+
+
+def expert_rows(x_AD: Tensor, ends_E: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Each row through its expert's SwiGLU; weights and ends as in `Experts`."""
+    if torch.is_autocast_enabled(x_AD.device.type):  # which does not know grouped_mm
+        dtype = torch.get_autocast_dtype(x_AD.device.type)
+        x_AD, gate_up, down = x_AD.to(dtype), gate_up.to(dtype), down.to(dtype)
+    gate, up = F.grouped_mm(x_AD, gate_up.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
+    return F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends_E)
 
 
 class MoE(nn.Module):
@@ -204,6 +215,8 @@ class MoE(nn.Module):
         self.experts = Experts(cfg)
         self.balance_loss: Tensor | None = None
         self.load_E: Tensor | None = None
+        self.over_ranks: Callable[[Tensor], Tensor] | None = None
+        """Where a batch is divided over processes: a differentiable sum over all of them."""
 
     def forward(self, x_BTD: Tensor, valid_BT: Tensor | None = None) -> Tensor:
         x_ND = x_BTD.flatten(0, 1)
@@ -226,30 +239,13 @@ class MoE(nn.Module):
             keep = valid_BT.flatten()
             probs_NE, expert_Nk = probs_NE[keep], expert_Nk[keep]
         load = torch.bincount(expert_Nk.flatten(), minlength=self.cfg.experts).float()
+        probs = probs_NE.sum(0)
+        if self.over_ranks is not None:
+            load, probs = self.over_ranks(torch.cat((load, probs))).chunk(2)
+            load = load.detach()
         self.load_E = load / load.sum()
-        self.balance_loss = self.cfg.experts * (self.load_E * probs_NE.mean(0)).sum()
-
-
-class Dropout(nn.Module):
-    """Zeroes a share `p` of what a block adds to the residual stream while training, and scales the rest up.
-
-    Masks come from a generator of its own, seeded for each step: replicas on several threads then draw the same masks
-    in every run (torch's own dropout draws from one generator that they would share).
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.p = 0.0
-        self.noise: torch.Generator | None = None
-
-    def seed(self, seed: int, device: torch.device) -> None:
-        self.noise = torch.Generator(device).manual_seed(seed) if self.p else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.noise is None or not self.training:
-            return x
-        keep = torch.rand(x.shape, generator=self.noise, device=x.device) >= self.p
-        return x * keep.to(x.dtype).mul_(1 / (1 - self.p))
+        tokens = load.sum() / self.cfg.experts_per_token
+        self.balance_loss = self.cfg.experts * (self.load_E * (probs / tokens)).sum()
 
 
 class Block(nn.Module):
@@ -260,6 +256,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
         self.mlp: MLP | MoE = MoE(cfg) if cfg.experts else MLP(cfg)
         self.dropout = dropout
+        self.recompute = False
+        """In training: keep a block's input alone and compute the rest again for the gradient (arXiv 1604.06174)."""
 
     def forward(
         self,
@@ -271,9 +269,26 @@ class Block(nn.Module):
         wanted_BT: Tensor | None = None,
     ) -> Tensor:
         """`[B, T, D]`, or with `wanted_BT` (bool) only those positions as `[1, wanted, D]`."""
+        given = (x_BTD, rope, mask, cache, valid_BT, wanted_BT)
+        if self.recompute and self.training:
+            done = checkpoint(self._compute, *given, use_reentrant=False, context_fn=self.dropout.twice)
+            assert isinstance(done, Tensor)
+            return done
+        return self._compute(*given)
+
+    def _compute(
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KVCache | None,
+        valid_BT: Tensor | None,
+        wanted_BT: Tensor | None,
+    ) -> Tensor:
         y_BTA = self.self_attn(self.input_layernorm(x_BTD), rope, mask, cache)
         if wanted_BT is not None:
-            x_BTD, y_BTA, valid_BT = x_BTD[wanted_BT].unsqueeze(0), y_BTA[wanted_BT].unsqueeze(0), None
+            x_BTD, y_BTA = x_BTD[wanted_BT].unsqueeze(0), y_BTA[wanted_BT].unsqueeze(0)
+            valid_BT = None if valid_BT is None else valid_BT[wanted_BT].unsqueeze(0)
         x_BTD = x_BTD + self.dropout(self.self_attn.o_proj(y_BTA))
         h_BTD = self.post_attention_layernorm(x_BTD)
         return x_BTD + self.dropout(self.mlp(h_BTD, valid_BT) if isinstance(self.mlp, MoE) else self.mlp(h_BTD))
@@ -317,12 +332,13 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         valid_BT: Tensor | None = None,
         wanted_BT: Tensor | None = None,
+        states: list[Tensor] | None = None,
     ) -> Tensor:
         """Normed last hidden states `[B, T, D]`. Padding may only stand at the right; `valid_BT` (bool) marks the rest
         and matters to the experts' balance loss alone. With a cache, its length is the first position.
 
         With `wanted_BT` (bool) only those positions, `[wanted, D]`: the last block's MLP is computed for no others, and
-        its balance loss counts those, valid or not.
+        its balance loss counts those of them that are valid. `states` gets what enters each layer, `[B, T, D]`.
         """
         start, T = (cache.length if cache else 0), ids_BT.shape[1]
         positions = torch.arange(start, start + T, device=ids_BT.device).unsqueeze(0)
@@ -333,6 +349,8 @@ class Decoder(nn.Module):
         rope = (rope[0].to(x_BTD.dtype), rope[1].to(x_BTD.dtype))
         last = len(self.layers) - 1
         for i, block in enumerate(self.layers):
+            if states is not None:
+                states.append(x_BTD)
             x_BTD = block(x_BTD, rope, mask, cache, valid_BT, wanted_BT if i == last else None)
         if cache is not None:
             cache.length += T

@@ -16,6 +16,7 @@ from typing import Any
 from gori import console
 from gori.artifact import os_errors
 from gori.errors import GoriError
+from gori.ranks import current
 
 Job = tuple[Callable[..., Any], tuple[Any, ...]]
 """A module's function and its arguments; both travel to another process."""
@@ -37,9 +38,10 @@ def together(jobs: Sequence[Job], share: int, at_once: int | None = None) -> Non
     `at_once` processes take more jobs than that one after the other.
 
     The first error is raised when all have ended, so that what the others did is kept. A job's process ends with its
-    parent, even if that is killed.
+    parent, even if that is killed. Under torchrun every rank runs all of them, one after the other: each job may need
+    all ranks.
     """
-    if cores() < 2:
+    if cores() < 2 or current().world > 1:
         for run, arguments in jobs:
             run(*arguments)
         return
@@ -71,7 +73,10 @@ def begin(parent: int, share: int) -> None:
 
 @contextmanager
 def only_run(out: Path) -> Iterator[None]:
-    """Hold a directory's lock; a second run there is refused, not mixed in."""
+    """Hold a directory's lock, the first rank for all; a second run there is refused, not mixed in."""
+    if not current().first:
+        yield
+        return
     with os_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         handle = open(out / ".lock", "w")  # noqa: SIM115 (held until the run ends)

@@ -20,10 +20,13 @@ from gori.gates import check as check_gates
 from gori.gates import verdicts
 from gori.parallel import cores, only_run, together
 from gori.quantize.schemes import canonical, embedding_scheme, scheme
+from gori.ranks import by_first, joined
 from gori.recipe import Recipe
 from gori.targets import answering, target
 
-STAGES = ("data", "tokenizer", "teacher", "distill", "control", "quantize", "export", "evaluate", "report")
+STAGES = ("data", "tokenizer", "teacher", "cache", "distill", "control", "quantize", "export", "evaluate", "report")
+ON_RANKS = {"teacher", "cache", "distill", "control"}
+"""Stages that all ranks work on together; of the others the first rank does the work."""
 TOKENIZER_ROWS = 40000
 """Training rows that the tokenizer is trained on, at most."""
 
@@ -34,6 +37,8 @@ class Run:
 
     recipe: Recipe
     out: Path
+    ray: str | None = None
+    """Address of a Ray cluster that makes the cache's shards."""
     _corpus: corpus.Corpus | None = None
 
     def dir(self, stage: str) -> Path:
@@ -59,10 +64,16 @@ class Run:
     def teacher_dir(self) -> Path:
         return Path(self.recipe.teacher.path) if self.recipe.teacher.path else self.dir("teacher")
 
+    @property
+    def cache_dir(self) -> Path | None:
+        c = self.recipe.cache
+        return None if c is None else Path(c.path) if c.path else self.dir("cache")
+
     def models(self) -> dict[str, Path]:
         """Every model that is evaluated, by the name it has in the summary."""
         r = self.recipe
-        found = {"teacher": self.teacher_dir, "student": self.dir("distill")}
+        found = {"teacher": self.teacher_dir} if self.recipe.has_teacher else {}
+        found["student"] = self.dir("distill")
         if r.distill.control != "none":
             found["control"] = self.dir("control")
         found |= {scheme: self.quantized_dir(scheme) for scheme in self.schemes()}
@@ -107,13 +118,15 @@ def stage_tokenizer(run: Run) -> None:
     from gori import tokenizer
 
     section = run.recipe.tokenizer
-    teacher = run.recipe.teacher.path
-    inputs = {"teacher": content_hash(Path(teacher))} if teacher else corpus.hashes(run.corpus)
+    r = run.recipe
+    named = {"cache": r.cache.path if r.cache else None, "teacher": None if r.distill.tokenizers else r.teacher.path}
+    label, source = next(((k, Path(p)) for k, p in named.items() if p), ("", None))
+    inputs = {label: content_hash(source)} if source else corpus.hashes(run.corpus)
     manifest = Manifest("tokenizer", "tokenizer", run.recipe.seed, section.model_dump(), inputs)
 
     def build(tmp: Path) -> None:
-        if teacher:
-            tokenizer.copy_files(Path(teacher), tmp)
+        if source:
+            tokenizer.copy_files(source, tmp)
             return
         texts = corpus.training_texts(run.corpus.train[:TOKENIZER_ROWS])
         trained = tokenizer.train(texts, run.corpus.functions, section.vocab_size)
@@ -125,8 +138,8 @@ def stage_tokenizer(run: Run) -> None:
 
 
 def stage_teacher(run: Run) -> None:
-    if run.recipe.teacher.path:
-        console.log(f"teacher: {run.recipe.teacher.path}, taken as it is")
+    if taken := _idle(run, "teacher"):
+        console.log(f"teacher: {taken}")
         return
     from gori.teacher.stage import train_teacher
 
@@ -134,11 +147,23 @@ def stage_teacher(run: Run) -> None:
     train_teacher(r.teacher, run.corpus, run.dir("tokenizer"), r.seed, run.dir("teacher"))
 
 
+def stage_cache(run: Run) -> None:
+    if _idle(run, "cache"):
+        return
+    from gori.teacher.cache import cache_teacher
+
+    r = run.recipe
+    places = (run.teacher_dir, run.corpus, run.dir("tokenizer"), r.seed, run.dir("cache"))
+    assert r.cache
+    cache_teacher(r.cache, r.distill, r.student.max_position, *places, run.ray)
+
+
 def stage_distill(run: Run) -> None:
     from gori.distill.stage import train_student
 
     r = run.recipe
-    train_student(r.student, r.distill, run.teacher_dir, run.corpus, run.dir("tokenizer"), r.seed, run.dir("distill"))
+    places = (run.teacher_dir, run.corpus, run.dir("tokenizer"), r.seed, run.dir("distill"), run.cache_dir)
+    train_student(r.student, r.distill, *places)
 
 
 def stage_control(run: Run) -> None:
@@ -147,7 +172,8 @@ def stage_control(run: Run) -> None:
         return
     from gori.distill.stage import train_control
 
-    train_control(r.student, r.distill, run.teacher_dir, run.corpus, run.dir("tokenizer"), r.seed, run.dir("control"))
+    places = (run.teacher_dir, run.corpus, run.dir("tokenizer"), r.seed, run.dir("control"), run.cache_dir)
+    train_control(r.student, r.distill, *places)
 
 
 def stage_quantize(run: Run) -> None:
@@ -183,7 +209,9 @@ def stage_export(run: Run) -> None:
 
 def stage_evaluate(run: Run, files: bool | None = None) -> None:
     """Answers of every model to every test row; `files` True: only exported files, False: only checkpoints."""
-    from gori.runtime.evaluation import evaluate_model
+    from gori.runtime.evaluation import as_row, evaluate_model
+    from gori.teacher.foreign_answers import answer_all
+    from gori.teacher.foreign_recipe import is_imported
 
     tests = {k: v for k, v in corpus.hashes(run.corpus).items() if k.startswith("test/") or k == "tools"}
     targets = run.answering()
@@ -194,7 +222,11 @@ def stage_evaluate(run: Run, files: bool | None = None) -> None:
 
         def build(tmp: Path, name: str = name, directory: Path = directory, manifest: Manifest = manifest) -> None:
             started = time.monotonic()
-            rows = evaluate_model(directory, run.corpus.tests, run.corpus.functions, name)
+            if is_imported(directory):
+                answered = answer_all(directory, run.corpus.tests, run.corpus.functions)
+                rows = [as_row(split, scored) for split, scored in answered]
+            else:
+                rows = evaluate_model(directory, run.corpus.tests, run.corpus.functions, name)
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (tmp / "answers.jsonl").write_text("".join(lines), encoding="utf-8")
             manifest.metrics["evaluate_seconds"] = round(time.monotonic() - started, 1)
@@ -220,6 +252,7 @@ RUNNERS: dict[str, Callable[[Run], None]] = {
     "data": stage_data,
     "tokenizer": stage_tokenizer,
     "teacher": stage_teacher,
+    "cache": stage_cache,
     "distill": stage_distill,
     "control": stage_control,
     "quantize": stage_quantize,
@@ -230,7 +263,9 @@ RUNNERS: dict[str, Callable[[Run], None]] = {
 }
 
 
-def run_recipe(recipe: Recipe, out: Path, until: str = "report", dry_run: bool = False) -> dict[str, Any] | None:
+def run_recipe(
+    recipe: Recipe, out: Path, until: str = "report", dry_run: bool = False, ray: str | None = None
+) -> dict[str, Any] | None:
     """Run a recipe's stages into `out` up to `until`; returns the summary where it came to one.
 
     Raises GateError after everything is written where a gate or the budget is not met.
@@ -238,16 +273,19 @@ def run_recipe(recipe: Recipe, out: Path, until: str = "report", dry_run: bool =
     if until not in STAGES:
         raise GoriError(f"stage {until!r} is unknown: choose one of {', '.join(STAGES)}")
     check(recipe)
-    run = Run(recipe, out)
+    run = Run(recipe, out, ray)
     if dry_run:
         for stage, state in plan(run, until):
             console.log(f"{stage:<10} {state}")
         return None
-    with only_run(out):
+    with joined(), only_run(out):
         for group in groups(run, until):
             started = time.monotonic()
             console.log(f"── {' and '.join(group)}")
-            _run_group(run, group)
+            if group[0] in ON_RANKS:
+                _run_group(run, group)
+            else:
+                by_first(lambda group=group: _run_group(run, group))  # type: ignore[misc]
             console.log(f"   took {time.monotonic() - started:.1f} s")
     if until != "report":
         return None
@@ -260,12 +298,14 @@ def run_recipe(recipe: Recipe, out: Path, until: str = "report", dry_run: bool =
 
 def check(recipe: Recipe) -> None:
     """Refuse before anything is trained what a later stage would refuse."""
-    from gori.distill.losses import check_terms
+    from gori.distill.stage import check as check_distill
     from gori.export.weights import check_scheme
     from gori.quantize.layout import check_width
     from gori.quantize.methods import method, options
+    from gori.teacher.foreign_recipe import check_teacher
 
-    check_terms(recipe.distill.losses)
+    check_distill(recipe.distill, recipe.student, recipe.cache is not None)
+    check_teacher(recipe)
     check_gates(recipe.gates)
     q, student = recipe.quantize, recipe.student
     options(method(q.method), q.options)
@@ -293,9 +333,10 @@ def groups(run: Run, until: str) -> list[tuple[str, ...]]:
     Checkpoints are answered while the file is made, if both are wanted.
     """
     wanted = STAGES[: STAGES.index(until) + 1]
-    found: list[tuple[str, ...]] = [(s,) for s in wanted if s not in ("distill", "control", "export")]
+    apart = ("distill", "control", "export") if run.recipe.cache else ("cache", "distill", "control", "export")
+    found: list[tuple[str, ...]] = [(s,) for s in wanted if s not in apart]
     if "distill" in wanted:
-        at = STAGES.index("distill")
+        at = found.index(("cache",) if run.recipe.cache else ("teacher",)) + 1
         found.insert(
             at, ("distill", "control") if "control" in wanted and run.recipe.distill.control != "none" else ("distill",)
         )
@@ -330,10 +371,8 @@ def plan(run: Run, until: str) -> Iterator[tuple[str, str]]:
     for stage in STAGES[: STAGES.index(until) + 1]:
         if stage == "report":
             yield stage, "runs"
-        elif stage == "teacher" and run.recipe.teacher.path:
-            yield stage, f"{run.recipe.teacher.path}, taken as it is"
-        elif stage == "control" and run.recipe.distill.control == "none":
-            yield stage, "not asked for"
+        elif idle := _idle(run, stage):
+            yield stage, idle
         elif will_run - DOES_NOT_READ.get(stage, set()):
             will_run.add(stage)
             yield stage, "runs if what it reads comes out another" if (run.out / stage).exists() else "runs"
@@ -343,6 +382,16 @@ def plan(run: Run, until: str) -> Iterator[tuple[str, str]]:
             yield stage, "runs, from its checkpoint if that is of these settings" if cut else "runs"
         else:
             yield stage, "unchanged, skipped"
+
+
+def _idle(run: Run, stage: str) -> str | None:
+    """Why a stage has nothing to do in this recipe."""
+    r = run.recipe
+    if stage == "teacher" and (r.teacher.path or not r.has_teacher):
+        return f"{r.teacher.path or 'its cache'}, taken as it is"
+    if stage == "cache" and r.cache and r.cache.path:
+        return f"{r.cache.path}, taken as it is"
+    return "not asked for" if {"control": r.distill.control == "none", "cache": not r.cache}.get(stage) else None
 
 
 def _would_run(run: Run, stage: str) -> bool:

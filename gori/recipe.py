@@ -59,7 +59,24 @@ class Train(Section):
     checkpoint_every_s: float = Field(default=20.0, ge=0)
     compile: bool = False
     threads: int | None = Field(default=None, ge=1)
-    """CPU threads; null: one for each core."""
+    """CPU threads; null: one for each core (under ranks: as many as torchrun gives each)."""
+    accumulate: int = Field(default=1, ge=1)
+    recompute: bool = False
+    precision: Literal["float32", "bf16"] | None = None
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """What one device could do, for the utilisation in logs; null: from a table of GPUs, and none on a CPU."""
+    tensorboard: bool = False
+    """Write OUT/logs for TensorBoard too."""
+
+
+class TeacherTrain(Train):
+    """A teacher's training run: also from token shards, and with its experts divided over ranks."""
+
+    tokens: str | None = None
+    """A folder that `gori data tokens` wrote: train on its sequences, every token predicted, not on data.train."""
+    sequence: int = Field(default=2048, ge=2)
+    """Tokens of one sequence of `tokens`."""
+    expert_parallel: int = Field(default=1, ge=1)
 
 
 class Shape(Section):
@@ -84,16 +101,77 @@ class Teacher(Shape):
     """A mixture of experts that is trained, or a folder that is taken."""
 
     path: str | None = None
-    """A checkpoint folder with the same tokenizer; then nothing is trained."""
+    """A checkpoint folder with the same tokenizer, or what `gori teacher import` wrote; then nothing is trained."""
     experts: int = Field(default=8, ge=2)
     experts_per_token: int = Field(default=2, ge=1)
     balance: float = Field(default=0.01, ge=0)
     """Weight of the load-balancing auxiliary loss."""
-    train: Train = Train()
+    train: TeacherTrain = TeacherTrain()
+
+
+class Cache(Section):
+    """A teacher's few entries at each answer token, written once; see gori.teacher.cache_draw."""
+
+    path: str | None = None
+    """A finished cache, which is taken as it is."""
+    method: Literal["sample", "topk"] = "sample"
+    """Draws without bias, or the most probable tokens and a tail."""
+    rounds: int = Field(default=50, ge=1, le=255)
+    """Draws a token; about 12 different tokens come of 50."""
+    proposal: float = Field(default=1.0, gt=0)
+    """Exponent of the distribution that is drawn from; below 1 rare tokens are drawn more often, and weigh less."""
+    k: int = Field(default=12, ge=1, le=255)
+    """Entries of method topk."""
+    epochs: int = Field(default=1, ge=1)
+    """Different epochs of rows, which the student goes through in turn."""
+    shard_rows: int = Field(default=1024, ge=1)
+    batch_tokens: int = Field(default=4096, ge=16)
+    """Padded tokens that the teacher reads at once."""
 
 
 class Student(Shape):
     kind: Literal["llama", "qwen2", "qwen3"] = "qwen3"
+
+
+class Experts(Section):
+    """How a dense MLP is made of a mixture's experts."""
+
+    score: Literal["use", "output"] = "use"
+    """What chooses experts: their share of the routing, or that times the size of what they put out."""
+    how: Literal["select", "merge"] = "select"
+    """merge: every other expert is averaged into the chosen one that it is routed like."""
+
+
+class Step(Section):
+    """A student between the teacher and the last one; it lacks nothing that the next one takes."""
+
+    layers: int = Field(ge=1)
+    hidden_size: int = Field(ge=8)
+    intermediate_size: int = Field(ge=8)
+    steps: int = Field(ge=1)
+
+
+class OnPolicy(Section):
+    """Steps whose answers the student draws itself."""
+
+    share: float = Field(default=0.5, gt=0, le=1)
+    """Of the steps after `start`."""
+    temperature: float = Field(default=1.0, gt=0)
+    start: float = Field(default=0.3, ge=0, lt=1)
+    """Share of the steps before it: a student that says nothing sensible yet has nothing to be told about it."""
+
+
+class Unlabelled(Section):
+    """Requests without answers: JSON Lines whose conversations end with the user's words, or lines of text."""
+
+    files: list[str] = Field(min_length=1)
+    answers: Literal["teacher", "student"] = "teacher"
+    """teacher: it answers them once, and those answers that are valid calls are training rows. student: the prompts of
+    the on-policy steps."""
+    share: float = Field(default=0.5, gt=0, lt=1)
+    """Of an epoch's rows, where the teacher answers; the fewer are repeated."""
+    temperature: float = Field(default=0.0, ge=0)
+    """0: the teacher's likeliest answers; above, drawn ones."""
 
 
 class Distill(Section):
@@ -101,9 +179,25 @@ class Distill(Section):
 
     init: Literal["teacher", "random"] = "teacher"
     layers: list[int] | None = None
-    """Teacher layers that the student takes; null: evenly spaced."""
+    """Teacher layers that the student takes; null: as `depth` says."""
+    depth: Literal["even", "influence"] = "even"
+    """Layers evenly spaced, or those that change the residual stream most."""
+    width: Literal["importance", "pca"] = "importance"
+    """Dimensions of the residual stream that are used most, or its principal directions (needs an untied head)."""
+    experts: Experts = Experts()
+    progressive: list[Step] = []
+    """Students on the way, each taken from the one before and distilled from the teacher."""
     losses: dict[str, float] = {"forward_kl": 1.0}
-    """Weights of forward_kl, reverse_kl, jsd, ce."""
+    """Weights of forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl (`jsd@0.3` sets its parameter), ce, and of
+    hidden, cosine, attention."""
+    pairs: list[tuple[int, int]] | None = None
+    """Layers [student, teacher] that hidden, cosine and attention compare; null: all but the first, as deep."""
+    on_policy: OnPolicy | None = None
+    unlabelled: Unlabelled | None = None
+    labelled_rows: int | None = Field(default=None, ge=1)
+    """The first rows of data.train alone; null: all."""
+    tokenizers: Literal["align", "sequence"] | None = None
+    """For a teacher with another tokenizer: its distribution, carried over by bytes, or the answers that it writes."""
     temperature: float = Field(default=1.0, gt=0)
     teacher_until: float = Field(default=1.0, gt=0, le=1)
     """Share of the steps with these losses; after it the true answers alone, which pays where the student overtakes."""
@@ -154,6 +248,7 @@ class Recipe(Section):
     data: Data
     tokenizer: TokenizerSection = TokenizerSection()
     teacher: Teacher = Teacher()
+    cache: Cache | None = None
     student: Student = Student()
     distill: Distill = Distill()
     quantize: Quantize = Quantize()
@@ -161,6 +256,12 @@ class Recipe(Section):
     gates: dict[str, str] = {}
     """`"accuracy.executorch.test.exact": ">= 0.8"`: a dotted path into summary.json, or a ratio of two with ` / `."""
     budget: Budget = Budget()
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher is trained or taken: not where its finished cache is all that is wanted of it."""
+        wanted = self.teacher.path or "teacher" in (self.distill.init, self.distill.control)
+        return bool(wanted) or not (self.cache and self.cache.path)
 
 
 def load(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -207,9 +308,15 @@ def _resolve_paths(body: dict[str, Any], base: Path) -> None:
             return [resolve(x) for x in p]
         return str(base / p) if isinstance(p, str) else p
 
-    for section, keys in (("data", ("train", "dev", "test", "tools")), ("teacher", ("path",))):
+    for section, keys in (("data", ("train", "dev", "test", "tools")), ("teacher", ("path",)), ("cache", ("path",))):
         if isinstance(body.get(section), dict):
             body[section] |= {k: resolve(body[section][k]) for k in keys if body[section].get(k)}
+    unlabelled = body["distill"].get("unlabelled") if isinstance(body.get("distill"), dict) else None
+    if isinstance(unlabelled, dict) and unlabelled.get("files"):
+        unlabelled["files"] = resolve(unlabelled["files"])
+    train = body["teacher"].get("train") if isinstance(body.get("teacher"), dict) else None
+    if isinstance(train, dict) and train.get("tokens"):
+        train["tokens"] = resolve(train["tokens"])
 
 
 def _override(body: dict[str, Any], override: str) -> None:

@@ -146,7 +146,10 @@ def summarize(out: Path, models: Mapping[str, Path], recipe: Recipe, eager: str)
 
 
 def weights_bytes(directory: Path) -> int:
-    """Bytes of the file or files that hold a model's weights."""
+    """Bytes of the file or files that hold a model's weights; of an imported teacher they are in its own folder."""
+    body = read_manifest(directory) if (directory / MANIFEST).exists() else {}
+    if body.get("stage") == "import":
+        directory = Path(body["settings"]["folder"])
     exported = {t.file for t in TARGETS.values()}
     files = [p for p in directory.iterdir() if p.name in exported and p.is_file()]
     return sum(f.stat().st_size for f in files or directory.glob("*.safetensors"))

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gori.teacher.wholes import by_owners, is_sharded, local
+
 
 def newton_schulz(G: Tensor, steps: int) -> Tensor:
     """Approximate orthogonalisation of matrices `[..., m, n]`: singular values are driven towards one.
@@ -49,6 +51,8 @@ class Muon(torch.optim.Optimizer):
     The update is scaled by 0.2 * sqrt(max(m, n)), so that its root mean square is that of AdamW and one learning rate
     serves both (Moonlight, arXiv 2502.16982, eq. 4). Matrices of one shape are orthogonalised in one batched product. A
     layer's experts are orthogonalised together, as the one wide matrix that they would be in a dense layer.
+
+    Parameters that are sharded over ranks (DTensors) are divided among them: each rank orthogonalises its share whole.
     """
 
     def __init__(
@@ -75,9 +79,11 @@ class Muon(torch.optim.Optimizer):
         found: list[tuple[int, Callable[[], None]]] = []
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
+            params = [p for p in group["params"] if p.grad is not None]
+            if any(is_sharded(p) for p in params):
+                found.append((0, partial(self._step_sharded, params, group)))
+                continue
+            for p in params:
                 if p.dim() == 3:
                     found.append((p.numel(), partial(self._step_experts, p, group)))
                 else:
@@ -91,29 +97,47 @@ class Muon(torch.optim.Optimizer):
     def _step_matrices(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
         updates = newton_schulz(torch.stack([self._momentum(p, group) for p in params]), group["steps"])
         for p, u in zip(params, updates, strict=True):
-            self._apply(p, u, max(p.shape), group)
+            self._apply(p, u, group)
 
     @torch.no_grad()
     def _step_experts(self, p: nn.Parameter, group: dict[str, Any]) -> None:
+        self._apply(p, self._orthogonal_experts(p, self._momentum(p, group), group["steps"]), group)
+
+    @torch.no_grad()
+    def _step_sharded(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
+        def orthogonal(p: nn.Parameter, whole: Tensor) -> Tensor:
+            if p.dim() == 3:
+                return self._orthogonal_experts(p, whole, group["steps"])
+            return newton_schulz(whole, group["steps"])
+
+        for p, u in zip(params, by_owners(params, [self._momentum(p, group) for p in params], orthogonal), strict=True):
+            self._apply(p, u, group)
+
+    def _orthogonal_experts(self, p: nn.Parameter, u: Tensor, steps: int) -> Tensor:
         """Stacks `[E, out, in]`: joined along the side that is not the model's width."""
-        u, (E, m, n) = self._momentum(p, group), p.shape
+        E, m, n = p.shape
         if id(p) in self._by_columns:  # down: D rows, E*I columns
-            joined = newton_schulz_wide(u.transpose(0, 1).reshape(m, E * n), group["steps"])
-            return self._apply(p, joined.view(m, E, n).transpose(0, 1), max(m, E * n), group)
-        joined = newton_schulz_wide(u.reshape(E * m, n).mT, group["steps"]).mT.reshape(p.shape)  # gate_up
-        return self._apply(p, joined, max(E * m, n), group)
+            joined = newton_schulz_wide(u.transpose(0, 1).reshape(m, E * n), steps)
+            return joined.view(m, E, n).transpose(0, 1)
+        return newton_schulz_wide(u.reshape(E * m, n).mT, steps).mT.reshape(p.shape)  # gate_up
 
     def _momentum(self, p: nn.Parameter, group: dict[str, Any]) -> Tensor:
+        """The gradient's momentum of what this process holds of a parameter."""
         assert p.grad is not None
-        state = self.state[p]
+        state, grad = self.state[p], local(p.grad)
         if not state:
             state["momentum"] = torch.zeros_like(p)
-        state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-        return torch.lerp(p.grad, state["momentum"], group["momentum"])
+        momentum = local(state["momentum"]).lerp_(grad, 1 - group["momentum"])
+        return torch.lerp(grad, momentum, group["momentum"])
 
-    def _apply(self, p: nn.Parameter, update: Tensor, longest: int, group: dict[str, Any]) -> None:
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(longest))
+    def _apply(self, p: nn.Parameter, update: Tensor, group: dict[str, Any]) -> None:
+        longest = max(p.shape)
+        if p.dim() == 3:
+            E, m, n = p.shape
+            longest = max(m, E * n) if id(p) in self._by_columns else max(E * m, n)
+        mine = local(p)
+        mine.mul_(1 - group["lr"] * group["weight_decay"])
+        mine.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(longest))
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

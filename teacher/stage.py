@@ -6,7 +6,7 @@ Holds also what a student's stage shares with it: running the loop on a corpus a
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,19 @@ from gori import checkpoint, evaluate
 from gori.artifact import Manifest, ancestry, content_hash, make
 from gori.calls import END, PAD
 from gori.corpus import Corpus, epochs, hashes
-from gori.data import Conversation
+from gori.data import Conversation, Example
 from gori.errors import GoriError
 from gori.induction import start_with_induction
 from gori.model import Decoder, ModelConfig, parameter_count
 from gori.parallel import cores
+from gori.ranks import current
 from gori.recipe import Shape, Teacher, Train
+from gori.teacher.journal import journal, peak_flops
+from gori.teacher.sharding import by_ranks, whole
 from gori.teacher.train import Loss, Progress, TrainBatch, TrainSettings, fit
 from gori.teacher.workers import split
-from gori.tokenizer import Tokenizer, copy_files
+from gori.tokenizer import FILE, Tokenizer, copy_files
+from gori.tokens import Tokens
 
 DEV_ROWS = 200
 """Dev rows that are answered at each evaluation while training."""
@@ -77,9 +81,12 @@ def run_loop(
     seed: int,
     out: Path,
     fingerprint: str,
+    cached: Callable[[int], Sequence[Example]] | Tokens | None = None,
 ) -> Progress:
-    """Train a decoder on a corpus in place, with checkpoints beside `out`."""
-    threads = train.threads or cores()
+    """Train a decoder on a corpus in place, with checkpoints beside `out`; `cached`: on these epochs of rows, or on
+    these token shards. Under torchrun all ranks call it, and `model` ends sharded over them."""
+    alone = current().world == 1
+    threads = train.threads or (cores() if alone else torch.get_num_threads())
     names = set(TrainSettings.__dataclass_fields__)
     settings = TrainSettings(**{k: v for k, v in train.model_dump().items() if k in names})
     rows = corpus.dev[:DEV_ROWS]
@@ -89,25 +96,30 @@ def run_loop(
         def answer(part: Sequence[Conversation]) -> list[evaluate.Scored]:
             return evaluate.score(part, evaluate.batched(m, end), tokenizer, corpus.functions)
 
+        if not alone:
+            return {"dev_exact": evaluate.summary(by_ranks(m, rows, answer))["exact"]}
         with ThreadPoolExecutor(threads) as pool:
             scored = [s for part in pool.map(answer, split(rows, threads)) for s in part]
         return {"dev_exact": evaluate.summary(scored)["exact"]}
 
     state = training_state(out)
     state.parent.mkdir(parents=True, exist_ok=True)
-    return fit(
-        model,
-        epochs(corpus.train, tokenizer, model.cfg.max_position, seed, train.swap_values, train.invent_values),
-        loss,
-        settings,
-        seed=seed,
-        pad=tokenizer.id(PAD),
-        label=out.name,
-        evaluate=on_dev,
-        state=state,
-        fingerprint=fingerprint,
-        workers=threads,
-    )
+    with journal(out, peak_flops(train.peak_tflops)[0], train.tensorboard) as record:
+        return fit(
+            model,
+            cached
+            or epochs(corpus.train, tokenizer, model.cfg.max_position, seed, train.swap_values, train.invent_values),
+            loss,
+            settings,
+            seed=seed,
+            pad=tokenizer.id(PAD),
+            label=out.name,
+            evaluate=on_dev,
+            state=state,
+            fingerprint=fingerprint,
+            workers=threads,
+            record=record,
+        )
 
 
 def training_state(out: Path) -> Path:
@@ -118,8 +130,13 @@ def training_state(out: Path) -> Path:
 def write_trained(
     tmp: Path, model: Decoder, tokenizer_dir: Path, done: Progress, manifest: Manifest, **more: Any
 ) -> None:
-    """Write weights, tokenizer and log.jsonl; speeds go into the manifest, so that the files depend on nothing else."""
-    checkpoint.save(model.cpu(), tmp)
+    """Write weights, tokenizer and log.jsonl; speeds go into the manifest, so that the files depend on nothing else.
+
+    Under torchrun every rank calls it, and the first writes."""
+    trained = whole(model) if current().world > 1 else model.cpu()
+    if trained is None:
+        return
+    checkpoint.save(trained, tmp)
     copy_files(tokenizer_dir, tmp)
     (tmp / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in done.log), encoding="utf-8")
     manifest.metrics |= {
@@ -127,11 +144,17 @@ def write_trained(
         "steps": done.step,
         "tokens": done.tokens,
         "threads": done.threads,
+        "ranks": current().world,
         "train_seconds": round(done.seconds, 1),
         "tokens_per_second": round(done.tokens / max(done.seconds, 1e-9), 1),
         "final": done.log[-1],
         **more,
     }
+    peak, why = peak_flops(manifest.settings["train"]["peak_tflops"])
+    if peak:
+        manifest.metrics["mfu"] = round(done.flops / max(done.seconds, 1e-9) / peak, 4)
+    else:
+        manifest.notes.append(why)
 
 
 def train_teacher(section: Teacher, corpus: Corpus, tokenizer_dir: Path, seed: int, out: Path) -> bool:
@@ -142,6 +165,9 @@ def train_teacher(section: Teacher, corpus: Corpus, tokenizer_dir: Path, seed: i
     manifest = Manifest("teacher", "teacher", seed, section.model_dump(), inputs)
     manifest.lineage = ancestry({"tokenizer": tokenizer_dir})
     tokenizer = Tokenizer.load(tokenizer_dir)
+    tokens = _tokens(section, tokenizer_dir)
+    if tokens is not None:
+        inputs["tokens"] = tokens.identity
 
     def build(tmp: Path) -> None:
         cfg = shape_config(
@@ -151,12 +177,31 @@ def train_teacher(section: Teacher, corpus: Corpus, tokenizer_dir: Path, seed: i
             experts=section.experts,
             experts_per_token=section.experts_per_token,
         )
-        model = fresh(cfg, section.induction, seed).to(device())
-        loss = answer_loss(section.balance)
-        done = run_loop(model, corpus, tokenizer, loss, section.train, seed, out, manifest.fingerprint)
+        model, loss = fresh(cfg, section.induction, seed), answer_loss(section.balance)
+        if current().world == 1:  # under ranks each block is moved when it is sharded
+            model.to(device())
+        done = run_loop(model, corpus, tokenizer, loss, section.train, seed, out, manifest.fingerprint, tokens)
         write_trained(tmp, model, tokenizer_dir, done, manifest, expert_load=_loads(done))
 
-    return make(out, manifest, build, scratch=training_state(out))
+    return make(out, manifest, build, scratch=training_state(out), by_all=True)
+
+
+def _tokens(section: Teacher, tokenizer_dir: Path) -> Tokens | None:
+    """The token shards that a recipe names, if they are of its tokenizer and fit the model."""
+    train = section.train
+    if train.tokens is None:
+        return None
+    if train.sequence > section.max_position:
+        raise GoriError(
+            f"teacher.train.sequence {train.sequence} exceeds teacher.max_position {section.max_position}: raise that"
+        )
+    tokens = Tokens(Path(train.tokens), train.sequence)
+    if tokens.tokenizer != content_hash(tokenizer_dir / FILE):
+        raise GoriError(
+            f"{train.tokens} was made with another tokenizer than {tokenizer_dir}: "
+            f"run `gori data tokens … --tokenizer {tokenizer_dir}`"
+        )
+    return tokens
 
 
 def _loads(done: Progress) -> dict[str, float]:

@@ -6,29 +6,30 @@ same weights, because batches are a pure function of the seed and the step.
 
 from __future__ import annotations
 
-import io
-import json
 import math
-import os
-import pickle
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gori import console
-from gori.artifact import os_errors
 from gori.data import Example, batches, collate
 from gori.errors import GoriError
-from gori.model import Decoder
+from gori.model import Block, Decoder
+from gori.ranks import agreed, current, gathered
 from gori.soft import join
+from gori.teacher.checkpoints import Progress, resume, save
+from gori.teacher.flops import training_flops
 from gori.teacher.optim import Muon, optimizers, schedule
+from gori.teacher.sharding import Sharded
 from gori.teacher.workers import Workers, split
+from gori.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,14 @@ class TrainSettings:
     """Seconds between checkpoints of an unfinished run."""
     compile: bool = False
     """torch.compile the blocks (pays on a GPU and on long CPU runs; needs a C++ compiler)."""
+    accumulate: int = 1
+    """Micro-batches that a step's rows are divided into, to hold fewer at once."""
+    recompute: bool = False
+    """Keep only the input of each block for the gradient and compute the rest again: less memory, more time."""
+    precision: Literal["float32", "bf16"] | None = None
+    """What is computed with; weights and optimizers stay float32. null: bf16 on a GPU, float32 on a CPU."""
+    expert_parallel: int = 1
+    """Ranks that a layer's experts are divided over."""
 
 
 @dataclass(frozen=True)
@@ -76,29 +85,24 @@ class TrainBatch:
         """int64 [answers], the tokens to predict."""
         return self.ids_BT[:, 1:][self.loss_BT[:, 1:]]
 
-    def answer_hidden(self, model: Decoder) -> Tensor:
-        """Last hidden states `[answers, D]` at the positions that predict `targets`."""
-        return model.hidden(self.ids_BT[:, :-1], valid_BT=self.valid_BT[:, :-1], wanted_BT=self.loss_BT[:, 1:])
+    def answer_hidden(self, model: Decoder, states: list[Tensor] | None = None) -> Tensor:
+        """Last hidden states `[answers, D]` at the positions that predict `targets`; `states` as in Decoder.hidden."""
+        ids, valid = self.ids_BT[:, :-1], self.valid_BT[:, :-1]
+        return model.hidden(ids, valid_BT=valid, wanted_BT=self.loss_BT[:, 1:], states=states)
 
 
 Loss = Callable[[Decoder, TrainBatch], tuple[Tensor, dict[str, float]]]
 
 
-@dataclass
-class Progress:
-    """What a checkpoint carries besides weights."""
-
-    step: int = 0
-    tokens: int = 0
-    log: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
-    threads: int = 1
-
-
 def to_tensors(
-    examples: Sequence[Example], pad: int, device: torch.device, progress: float = 0.0, noise: int = 0
+    examples: Sequence[Example],
+    pad: int,
+    device: torch.device,
+    progress: float = 0.0,
+    noise: int = 0,
+    width: int = 0,
 ) -> TrainBatch:
-    b = collate(examples, pad)
+    b = collate(examples, pad, width)
     ids, loss, valid = (torch.from_numpy(a).to(device) for a in (b.ids, b.loss, b.valid))
     soft = [e.soft for e in examples if e.soft is not None]
     joined = None
@@ -112,7 +116,7 @@ def to_tensors(
 
 def fit(
     model: Decoder,
-    epoch_examples: Callable[[int], Sequence[Example]],
+    data: Callable[[int], Sequence[Example]] | Tokens,
     loss: Loss,
     settings: TrainSettings,
     *,
@@ -123,49 +127,74 @@ def fit(
     state: Path,
     fingerprint: str,
     workers: int = 1,
+    record: Callable[[dict[str, float]], None] = lambda _: None,
 ) -> Progress:
-    """Train in place; returns the log. `state` is where the run's checkpoint lies until it is done;
-    `workers` threads share each batch's rows on a CPU."""
-    device = next(model.parameters()).device
-    opts = optimizers(model, settings.muon_lr, settings.adam_lr, settings.weight_decay, muon_steps=settings.muon_steps)
-    done = _resume(state, fingerprint, model, opts)
-    done.threads, model.dropout.p = workers, settings.dropout
-    stream = batches(epoch_examples, settings.batch_tokens, seed, first_step=done.step)
-    began, saved = time.monotonic() - done.seconds, time.monotonic()
-    with console.steps(label, settings.steps) as bar, _workers(model, workers, settings.compile) as team:
-        while done.step < settings.steps:
-            rows = next(stream)
-            progress, noise = done.step / settings.steps, (seed + 1) * 1_000_003 + done.step * team.count
-            parts = [
-                to_tensors(part, pad, device, progress=progress, noise=noise + i)
-                for i, part in enumerate(split(rows, team.count))
-            ]
-            entry = _step(model, team, parts, loss, opts, settings, done.step)
-            done.step += 1
-            done.tokens += sum(len(e.ids) for e in rows)
-            last = done.step == settings.steps
-            if last or (settings.evaluate_every and done.step % settings.evaluate_every == 0):
-                entry |= evaluate(model.eval())
-                model.train()
-            done.log.append({"step": done.step, **entry})
-            done.seconds = time.monotonic() - began
-            bar.update(done.step, _note(done))
-            if not last and time.monotonic() - saved > settings.checkpoint_every_s:
-                _save(state, fingerprint, model, opts, done)
-                saved = time.monotonic()
+    """Train in place; returns the log. `data` gives an epoch's examples, or is a set of token shards.
+
+    `state` is where the run's checkpoint lies until it is done. `workers` threads share each batch's rows on a CPU;
+    under ranks each takes its part of the rows with that many threads, and `model` ends sharded over them.
+    `record` gets every step's entry with its seconds, tokens and FLOPs.
+    """
+    with _at_work(model, workers, settings) as team:
+        device, s = next(model.parameters()).device, settings
+        opts = optimizers(model, s.muon_lr, s.adam_lr, s.weight_decay, muon_steps=s.muon_steps)
+        done = resume(state, fingerprint, model, opts)
+        done.threads = workers
+        stream = _stream(data, s.batch_tokens, seed, done.step)
+        began, saved = time.monotonic() - done.seconds, time.monotonic()
+        with console.steps(label, s.steps) as bar:
+            while done.step < s.steps:
+                started, rows = time.monotonic(), next(stream)
+                micros = _micro_batches(rows, s, team.count * current().world, seed, done.step, pad, device)
+                entry = _step(model, team, micros, loss, opts, s, done.step)
+                work = {"tokens": sum(len(e.ids) for e in rows), "flops": training_flops(model.cfg, rows)}
+                done.step, done.tokens, done.flops = (
+                    done.step + 1,
+                    done.tokens + work["tokens"],
+                    done.flops + work["flops"],
+                )
+                record({"step": done.step, **entry, **work, "seconds": time.monotonic() - started})
+                last = done.step == s.steps
+                if last or (s.evaluate_every and done.step % s.evaluate_every == 0):
+                    entry |= evaluate(model.eval())
+                    model.train()
+                done.log.append({"step": done.step, **entry})
+                done.seconds = time.monotonic() - began
+                bar.update(done.step, _note(done))
+                if not last and agreed(time.monotonic() - saved > s.checkpoint_every_s):
+                    save(state, fingerprint, model, opts, done)
+                    saved = time.monotonic()
     model.eval()
     return done
 
 
+def _stream(
+    data: Callable[[int], Sequence[Example]] | Tokens, batch_tokens: int, seed: int, step: int
+) -> Iterator[Sequence[Example]]:
+    """Each step's rows, from `step` on."""
+    return data.steps(batch_tokens, seed, step) if isinstance(data, Tokens) else batches(data, batch_tokens, seed, step)
+
+
 @contextmanager
-def _workers(model: Decoder, count: int, compiled: bool) -> Iterator[Workers]:
-    """Threads for the loop, each with one-threaded operations; one of them on a GPU."""
-    before = torch.get_num_threads()
-    team = Workers(model, 1 if next(model.parameters()).is_cuda else count)
+def _at_work(model: Decoder, workers: int, s: TrainSettings) -> Iterator[Workers | Sharded]:
+    """All ranks, or threads with one-threaded operations each; one of them on a GPU."""
+    before, alone = torch.get_num_threads(), current().world == 1
+    if alone and s.expert_parallel > 1:
+        raise GoriError(
+            f"expert_parallel {s.expert_parallel} divides experts over ranks, and this is one: use torchrun"
+        )
+    model.dropout.p = s.dropout
+    for block in model.layers:
+        assert isinstance(block, Block)
+        block.recompute = s.recompute
+    if alone:
+        team: Workers | Sharded = Workers(model, 1 if next(model.parameters()).is_cuda else workers)
+    else:
+        team = Sharded(model, s.expert_parallel, torch.bfloat16 if bf16(s.precision) else None)
     team.train()
-    if compiled:
+    if s.compile:
         team.compile()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1 if alone else workers)
     try:
         yield team
     finally:
@@ -173,10 +202,42 @@ def _workers(model: Decoder, count: int, compiled: bool) -> Iterator[Workers]:
         team.close()
 
 
+def bf16(precision: str | None) -> bool:
+    """Whether bf16 is computed with; null: on a GPU."""
+    return torch.cuda.is_available() if precision is None else precision == "bf16"
+
+
+def _micro_batches(
+    rows: Sequence[Example], s: TrainSettings, cuts: int, seed: int, step: int, pad: int, device: torch.device
+) -> Iterator[tuple[list[TrainBatch], list[float]]]:
+    """A step's rows in micro-batches, each cut for threads or ranks: this process's parts, and their shares of the
+    step's answers.
+
+    Ranks' parts are padded as their micro-batch is, so that the experts' loads count what one process counts. A rank
+    for which no row is left computes a first row again, for nothing: the others wait for it.
+    """
+    me, total = current(), sum(_answers(e) for e in rows)
+    for m, some in enumerate(split(rows, s.accumulate)):
+        parts, width = split(some, cuts), 0 if me.world == 1 else max(len(e.ids) for e in some)
+        tensors, shares = [], []
+        for i in range(len(parts)) if me.world == 1 else (me.rank,):
+            noise = (seed + 1) * 1_000_003 + (step * s.accumulate + m) * cuts + i
+            spare = i >= len(parts)
+            batch = to_tensors(some[:1] if spare else parts[i], pad, device, step / s.steps, noise, width)
+            tensors.append(replace(batch, valid_BT=torch.zeros_like(batch.valid_BT)) if spare else batch)
+            shares.append(0.0 if spare else sum(_answers(e) for e in parts[i]) / total)
+        yield tensors, shares
+
+
+def _answers(e: Example) -> int:
+    """Tokens to predict."""
+    return int(np.count_nonzero(e.loss[1:]))
+
+
 def _step(
     model: Decoder,
-    team: Workers,
-    parts: Sequence[TrainBatch],
+    team: Workers | Sharded,
+    micro_batches: Iterable[tuple[list[TrainBatch], list[float]]],
     loss: Loss,
     opts: list[torch.optim.Optimizer],
     s: TrainSettings,
@@ -187,17 +248,18 @@ def _step(
     for o in opts:
         for group in o.param_groups:
             group["lr"] = group["peak_lr"] * rate
-    answers = [len(p.targets) for p in parts]
-    shares = [n / sum(answers) for n in answers]
+    autocast = isinstance(team, Workers) and bf16(s.precision)  # sharded weights are gathered in bf16
 
     def with_autocast(replica: Decoder, part: TrainBatch) -> tuple[Tensor, dict[str, float]]:
-        device = part.ids_BT.device.type
         replica.dropout.seed(part.noise, part.ids_BT.device)
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+        with torch.autocast(part.ids_BT.device.type, dtype=torch.bfloat16, enabled=autocast):
             return loss(replica, part)
 
-    entry = _join(team.gradient(parts, shares, with_autocast), shares)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+    reported: list[tuple[dict[str, float], float]] = []
+    for parts, shares in micro_batches:
+        reported += zip(team.gradient(parts, shares, with_autocast), shares, strict=True)
+    entry = _join([r for some in gathered(reported) for r in some])
+    norm = team.clip(s.clip)
     if not math.isfinite(entry["loss"]) or not torch.isfinite(norm):
         raise GoriError(
             f"the loss became {entry['loss']} and its gradient {float(norm)} at step {step}: "
@@ -211,17 +273,18 @@ def _step(
     return {**entry, "gradient_norm": round(float(norm), 4)}
 
 
-def _join(entries: list[dict[str, float]], shares: list[float]) -> dict[str, float]:
+def _join(reported: Sequence[tuple[dict[str, float], float]]) -> dict[str, float]:
     """What the parts report as one: extremes stay extremes, the rest is averaged by the parts' shares."""
+    counted = [(entry, share) for entry, share in reported if share]
     joined: dict[str, float] = {}
-    for key in entries[0]:
-        values = [e[key] for e in entries]
+    for key in counted[0][0]:
+        values = [entry[key] for entry, _ in counted]
         if key.endswith("_max"):
             joined[key] = max(values)
         elif key.endswith("_min"):
             joined[key] = min(values)
         else:
-            joined[key] = round(sum(v * share for v, share in zip(values, shares, strict=True)), 5)
+            joined[key] = round(sum(entry[key] * share for entry, share in counted), 5)
     return joined
 
 
@@ -232,41 +295,3 @@ def _note(done: Progress) -> str:
     if evaluated:
         shown.append(f"dev exact {evaluated['dev_exact']:.3f}")
     return "  ".join(shown)
-
-
-def _save(path: Path, fingerprint: str, model: Decoder, opts: list[torch.optim.Optimizer], done: Progress) -> None:
-    body = {
-        "fingerprint": fingerprint,
-        "model": model.state_dict(),
-        "optimizers": [o.state_dict() for o in opts],
-        "progress": json.dumps(vars(done)),
-    }
-    tmp = path.with_name(f"{path.name}.writing")
-    whole = io.BytesIO()  # torch.save to a full disk raises no OSError
-    torch.save(body, whole)
-    try:
-        with os_errors(path):
-            tmp.write_bytes(whole.getbuffer())
-            os.replace(tmp, path)
-    except GoriError:
-        tmp.unlink(missing_ok=True)
-        raise
-
-
-def _resume(path: Path, fingerprint: str, model: Decoder, opts: list[torch.optim.Optimizer]) -> Progress:
-    """Restore the run's checkpoint if it has one of the same fingerprint."""
-    if not path.exists():
-        return Progress()
-    try:
-        body = torch.load(path, weights_only=True, map_location=next(model.parameters()).device)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        raise GoriError(f"{path} is not a readable training checkpoint ({e}): delete it to start anew") from e
-    if body["fingerprint"] != fingerprint:
-        console.log(f"{path.name} belongs to other settings or data: starting anew")
-        return Progress()
-    model.load_state_dict(body["model"])
-    for o, state in zip(opts, body["optimizers"], strict=True):
-        o.load_state_dict(state)
-    done = Progress(**json.loads(body["progress"]))
-    console.log(f"continuing at step {done.step}")
-    return done

@@ -47,8 +47,8 @@ class Workers:
         shares: Sequence[float],
         loss: Callable[[Decoder, Part], tuple[Tensor, dict[str, float]]],
     ) -> list[dict[str, float]]:
-        """Set every parameter's gradient to that of `sum(share * loss(part))`, added in the parts' order; returns what
-        the loss reports of each part."""
+        """Add to every parameter's gradient that of `sum(share * loss(part))`, in the parts' order; returns what the
+        loss reports of each part."""
 
         def work(replica: Decoder, part: Part, share: float) -> tuple[tuple[Tensor, ...], dict[str, float]]:
             value, entry = loss(replica, part)
@@ -58,10 +58,13 @@ class Workers:
             f.result() for f in [self._pool.submit(work, *a) for a in zip(self._replicas, parts, shares, strict=False)]
         ]
         for p, *grads in zip(self._parameters, *(g for g, _ in found), strict=True):
-            p.grad = grads[0]
-            for g in grads[1:]:
-                p.grad = p.grad.add_(g)
+            for g in grads:
+                p.grad = g if p.grad is None else p.grad.add_(g)
         return [entry for _, entry in found]
+
+    def clip(self, largest: float) -> Tensor:
+        """Scale the gradients down to a norm of at most `largest`; returns their norm before."""
+        return torch.nn.utils.clip_grad_norm_(self._parameters, largest)
 
     def each(self, run: Callable[[Item], Any], items: Iterable[Item]) -> None:
         """Run a function on every item; the items must not share anything."""

@@ -70,9 +70,13 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
 
 
 def made_files(out: Path) -> dict[str, Any]:
-    """Hashes of everything a run made but manifests (times), the summary (seconds) and the report (both)."""
+    """Hashes of everything a run made but manifests and logs (times), the summary (seconds) and the report (both)."""
     timed = ("summary.json", "report.html", ".lock")
-    return {k: v for k, v in hash_files(out).items() if k not in timed and not k.endswith("manifest.json")}
+    return {
+        k: v
+        for k, v in hash_files(out).items()
+        if k not in timed and not k.endswith("manifest.json") and not k.startswith("logs/")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +140,7 @@ def test_a_dry_run_says_which_stages_a_changed_setting_makes_anew_and_makes_noth
         checkpoint.unlink()
     assert tuple(s for s, state in states.items() if state.startswith("runs")) == (*PLANS[override], "report")
     fresh = dict(plan(Run(loaded, tiny / "nowhere"), "report"))
+    assert fresh.pop("cache") == "not asked for"
     assert set(fresh.values()) == {"runs"}
     assert all("comes out another" in states[s] for s in PLANS[override][1:] if s != "control")
     assert ("from its checkpoint" in states["teacher"]) == ("teacher" in PLANS[override])

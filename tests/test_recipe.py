@@ -28,6 +28,10 @@ def test_file_paths_are_relative_to_the_recipe_and_absolute_ones_kept(recipe: Pa
     recipe.write_text(MINIMAL.replace("a.jsonl", "/data/a.jsonl") + "teacher: {path: t}\n")
     assert load(recipe).data.train == "/data/a.jsonl"
     assert load(recipe).teacher.path == str(tmp_path / "t")
+    recipe.write_text(MINIMAL + "distill: {unlabelled: {files: [said.txt, /data/b.jsonl]}}\n")
+    unlabelled = load(recipe).distill.unlabelled
+    assert unlabelled
+    assert unlabelled.files == [str(tmp_path / "said.txt"), "/data/b.jsonl"]
 
 
 @pytest.mark.parametrize("name", ["demo.yaml", "starter.yaml"])
@@ -44,6 +48,9 @@ def test_the_recipes_that_gori_carries_are_valid(name: str, tmp_path: Path) -> N
         ("distill: {tran: {steps: 5}}", "unknown key distill.tran: did you mean 'train'"),
         ("distill: {train: {step: 5}}", "unknown key distill.train.step: did you mean 'steps'"),
         ("teacher: {train: {stepps: 1}}", "unknown key teacher.train.stepps: did you mean 'steps'"),
+        ("distill: {on_policy: {shar: 1}}", "unknown key distill.on_policy.shar: did you mean 'share'"),
+        ("distill: {progressive: [{layrs: 1}]}", "distill.progressive.0.layers: Field required"),
+        ("distill: {unlabelled: {files: []}}", "distill.unlabelled.files: List should have at least 1 item"),
         ("export: [{traget: executorch}]", "unknown key export.0.traget: did you mean 'target'"),
         ("quantize: {zzz: 1}", "unknown key quantize.zzz: choose one of bits_per_weight, compare"),
         ("distill: {train: {steps: 0}}", "distill.train.steps: Input should be greater than or equal to 1, got 0"),
@@ -118,12 +125,14 @@ def test_an_override_that_cannot_be_applied_is_refused(override: str, message: s
 
 
 def test_every_field_of_the_training_section_is_one_that_the_loop_takes() -> None:
-    from gori.recipe import Train
+    from gori.recipe import TeacherTrain, Train
     from gori.teacher.train import TrainSettings
 
-    ours, theirs = set(Train.model_fields), set(TrainSettings.__dataclass_fields__)
-    assert ours - theirs == {"swap_values", "invent_values", "threads"}  # used outside of the loop
+    ours, theirs = set(TeacherTrain.model_fields), set(TrainSettings.__dataclass_fields__)
+    outside = {"swap_values", "invent_values", "threads", "peak_tflops", "tensorboard", "tokens", "sequence"}
+    assert ours - theirs == outside
     assert theirs <= ours
+    assert ours - set(Train.model_fields) == {"tokens", "sequence", "expert_parallel"}  # no student's
 
 
 def test_a_recipe_that_is_dumped_and_read_is_the_same() -> None:
