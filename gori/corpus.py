@@ -78,8 +78,24 @@ def epochs(
 
     `swap_values` of the rows get other values; of those, `invent_values` get invented ones where the argument is open.
     """
-    plain = [encode(c, tokenizer) for c in rows]
-    for c, e in zip(rows, plain, strict=True):
+    made = spoken(rows, tokenizer, max_tokens, seed, swap_values, invent_values)
+    if not swap_values:
+        plain = [e for _, e in made(0)]
+        return lambda _: plain
+    return lambda epoch: [e for _, e in made(epoch)]
+
+
+def spoken(
+    rows: Sequence[Conversation],
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    seed: int,
+    swap_values: float,
+    invent_values: float = 0.0,
+) -> Callable[[int], Sequence[tuple[Conversation, Example]]]:
+    """As `epochs`, each example with the conversation that it was made of."""
+    plain = [(c, encode(c, tokenizer)) for c in rows]
+    for c, e in plain:
         if len(e.ids) > max_tokens:
             raise GoriError(
                 f"a row has {len(e.ids)} tokens, the model's max_position is {max_tokens}: raise it or shorten "
@@ -90,16 +106,17 @@ def epochs(
     pool = values_by_argument(rows)
     inventor = Inventor(tokenizer, [c.utterance for c in rows]) if invent_values else None
 
-    def examples(epoch: int) -> Sequence[Example]:
+    def examples(epoch: int) -> Sequence[tuple[Conversation, Example]]:
         rng = np.random.default_rng([seed, 7919, epoch])
         draws = rng.random(len(rows))
         out = []
-        for c, e, draw in zip(rows, plain, draws, strict=True):
+        for (c, e), draw in zip(plain, draws, strict=True):
             if draw < swap_values:
                 invented = inventor if rng.random() < invent_values else None
-                swapped = encode(swap(c, pool, rng, invented), tokenizer)
-                e = swapped if len(swapped.ids) <= max_tokens else e
-            out.append(e)
+                other = swap(c, pool, rng, invented)
+                swapped = encode(other, tokenizer)
+                c, e = (other, swapped) if len(swapped.ids) <= max_tokens else (c, e)
+            out.append((c, e))
         return out
 
     return examples

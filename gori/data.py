@@ -72,16 +72,51 @@ def read_conversations(path: Path, functions: Mapping[str, Function]) -> list[Co
     rows = []
     for number, line in enumerate(raw.split(b"\n"), 1):
         if line.strip():
-            rows.append(_read_line(line, f"{path} line {number}", functions))
+            rows.append(read_conversation(line, f"{path} line {number}", functions))
     return rows
 
 
-def _read_line(line: bytes, where: str, functions: Mapping[str, Function]) -> Conversation:
+def read_conversation(line: bytes, where: str, functions: Mapping[str, Function]) -> Conversation:
+    """One line's conversation, checked; `where` begins the error that refuses it."""
+    turns = _read_turns(line, where, functions)
+    if turns[-1].role != "assistant":
+        raise GoriError(
+            f"{where} message {len(turns) - 1}: a row ends with the assistant's answer, got {turns[-1].role}"
+        )
+    return Conversation(turns)
+
+
+def read_prompts(path: Path, functions: Mapping[str, Function]) -> list[Conversation]:
+    """Conversations that nobody answered, each with an empty answer in the answer's place: lines of JSON whose messages
+    end with the user's, or, of a file that is not named `.jsonl`, lines of text that a user said."""
+    rows = []
+    for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
+        where = f"{path} line {number}"
+        if not line.strip():
+            continue
+        if path.suffix != ".jsonl":
+            line = json.dumps({"messages": [{"role": "user", "content": _decoded(line.strip(), where)}]}).encode()
+        turns = _read_turns(line, where, functions)
+        if turns[-1].role != "user":
+            raise GoriError(
+                f"{where}: the last message is of role {turns[-1].role}: an unlabelled row ends with a user's"
+            )
+        rows.append(Conversation((*turns, Turn("assistant", None, ()))))
+    if not rows:
+        raise GoriError(f"{path} is empty: expected one conversation, or one thing said, a line")
+    return rows
+
+
+def _decoded(line: bytes, where: str) -> str:
     try:
-        text = line.decode("utf-8")
+        return line.decode("utf-8")
     except UnicodeDecodeError as e:
         column = len(line[: e.start].decode("utf-8")) + 1
         raise GoriError(f"{where} column {column}: byte 0x{line[e.start]:02x} is not UTF-8") from e
+
+
+def _read_turns(line: bytes, where: str, functions: Mapping[str, Function]) -> tuple[Turn, ...]:
+    text = _decoded(line, where)
     try:
         body = read_text(json.loads(text), where)
     except json.JSONDecodeError as e:
@@ -91,12 +126,7 @@ def _read_line(line: bytes, where: str, functions: Mapping[str, Function]) -> Co
     messages = body.get("messages") if isinstance(body, dict) else None
     if not isinstance(messages, list) or not messages:
         raise GoriError(f'{where} column 1: expected {{"messages": [...]}} with at least one message')
-    turns = tuple(_turn(m, f"{where} message {i}", functions) for i, m in enumerate(messages))
-    if turns[-1].role != "assistant":
-        raise GoriError(
-            f"{where} message {len(turns) - 1}: a row ends with the assistant's answer, got {turns[-1].role}"
-        )
-    return Conversation(turns)
+    return tuple(_turn(m, f"{where} message {i}", functions) for i, m in enumerate(messages))
 
 
 def _turn(m: Any, where: str, functions: Mapping[str, Function]) -> Turn:
@@ -182,8 +212,9 @@ class Batch:
     """bool [B, T], false at padding"""
 
 
-def collate(examples: Sequence[Example], pad: int) -> Batch:
-    width = max(len(e.ids) for e in examples)
+def collate(examples: Sequence[Example], pad: int, width: int = 0) -> Batch:
+    """Examples as a batch, at least `width` wide."""
+    width = max(width, *(len(e.ids) for e in examples))
     ids = np.full((len(examples), width), pad, dtype=np.int64)
     loss = np.zeros(ids.shape, dtype=bool)
     valid = np.zeros(ids.shape, dtype=bool)

@@ -7,11 +7,9 @@ Only this process writes the journal and holds the candidates' locks, so a sweep
 from __future__ import annotations
 
 import io
-import logging
 import os
 import secrets
 import shutil
-import socket
 import tarfile
 import tempfile
 from collections import deque
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gori.artifact import LIBRARIES, content_hash, library_versions, os_errors
+from gori.cluster import check_same, connect
 from gori.errors import GoriError, one_line
 from gori.quantize.journal import held
 from gori.quantize.workers import MACHINE, Event, Outcome, Run, Task, claimed, finished_elsewhere
@@ -30,7 +29,6 @@ RETRIES = 2
 """How often a candidate is begun again whose node was lost."""
 CHECK_S = 300.0
 """For every node to say what is installed there; the first time Ray starts a process for it."""
-ANSWER_S = 10.0
 
 
 class Cluster:
@@ -105,7 +103,7 @@ class Cluster:
     def _check_nodes(self) -> None:
         """Refuse a cluster where a node has other libraries: its figures would be of something else."""
         for node, found in self._on_each_node(library_versions, [*self._versions]).items():
-            _check_same(found, self._versions, node)
+            check_same(found, self._versions, node)
 
     def _on_each_node(self, function: Any, argument: Any) -> dict[str, Any]:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -124,40 +122,6 @@ class Cluster:
             ) from e
 
 
-def connect(address: str | None) -> Any:
-    """Ray, connected to a cluster that runs already."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or Ray 2.60 warns of its own next default
-    try:
-        import ray
-    except ImportError as e:
-        raise GoriError("--engine ray needs Ray: pip install 'gori[cluster]'") from e
-    try:
-        check_answers(address)
-        ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
-    except (OSError, ValueError, RuntimeError) as e:
-        raise GoriError(
-            f"no Ray cluster answers at {address or 'auto'} ({one_line(e)}): start one with `ray start --head`, or "
-            "name it with --address HOST:PORT"
-        ) from e
-    return ray
-
-
-def check_answers(address: str | None) -> None:
-    """OSError where nothing listens at HOST:PORT: Ray itself would try for minutes."""
-    host, _, port = (address or "").rpartition(":")
-    if host and port.isdigit() and "/" not in host:
-        socket.create_connection((host, int(port)), timeout=ANSWER_S).close()
-
-
-def _check_same(found: dict[str, str], wanted: dict[str, str], node: str) -> None:
-    if other := sorted(k for k in wanted if found.get(k) != wanted[k]):
-        name = other[0]
-        raise GoriError(
-            f"node {node} has {name} {found.get(name, 'not at all')}, this machine {wanted[name]}: a sweep compares "
-            "what one set of libraries makes; install the same on every node"
-        )
-
-
 def work(
     run: Run, task: Task, names: tuple[str, str, str], student: bytes, data: bytes, versions: dict[str, str]
 ) -> tuple[Outcome, bytes]:
@@ -166,7 +130,7 @@ def work(
     import ray
 
     node = ray.get_runtime_context().get_node_id()
-    _check_same(library_versions([*versions]), versions, node)
+    check_same(library_versions([*versions]), versions, node)
     scratch = scratch_of(names[0], node)
     there = replace(
         task,

@@ -1,1 +1,1 @@
-"""Train a mixture-of-experts teacher: the loop, its optimizers and its checkpoints."""
+"""Teachers: training a mixture of experts, opening one that exists, and writing down what it knows."""

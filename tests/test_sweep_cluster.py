@@ -18,6 +18,7 @@ import pytest
 from sweep_runs import candidate, setting
 
 from gori.artifact import content_hash
+from gori.cluster import check_same
 from gori.errors import GoriError
 from gori.quantize import cluster
 from gori.tokenizer import copy_files
@@ -65,9 +66,9 @@ def test_an_archive_that_leaves_its_directory_is_refused(tmp_path: Path) -> None
 
 def test_a_node_with_another_library_is_refused_by_name() -> None:
     with pytest.raises(GoriError, match=r"node 10\.0\.0\.2 has torch 2\.12, this machine 2\.13"):
-        cluster._check_same({"python": "3.11", "torch": "2.12"}, {"python": "3.11", "torch": "2.13"}, "10.0.0.2")
+        check_same({"python": "3.11", "torch": "2.12"}, {"python": "3.11", "torch": "2.13"}, "10.0.0.2")
     with pytest.raises(GoriError, match="has gguf not at all"):
-        cluster._check_same({}, {"gguf": "0.19.0"}, "a")
+        check_same({}, {"gguf": "0.19.0"}, "a")
 
 
 @pytest.fixture(scope="module")
