@@ -3,126 +3,171 @@
 The gradient with respect to the student's hidden states and head is formed in the forward pass, from closed forms, and
 only those two are kept; nothing is recomputed. Knows nothing of models: hidden states and head matrices come in.
 
-Shapes: N tokens, C tokens of a chunk, D student width, V vocabulary. Logits and gradients: float32 (float64 if given).
+Shapes: N tokens, C tokens of a chunk, D student width, V vocabulary, k entries. Logits and gradients: float32 (float64
+if given).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from gori.errors import GoriError, nearest
+from gori.distill.divergences import DIVERGENCES, STATES, TERMS, Outcomes, divergences_of, outcomes, parse
+from gori.errors import GoriError
 
-CHUNK_BYTES = 32 << 20
-"""Size of one [C, V] float32 tensor; a handful of them live at once."""
+CHUNK_BYTES = 96 << 20
+"""Size of one [C, V] float32 tensor, of which two exist. The head's gradient is read and written once a chunk, so a
+small chunk costs time."""
+BLOCK_BYTES = 512 << 10
+"""Of a chunk, what is worked on at once on a CPU: the passes over it then stay in its second-level cache."""
 
-Term = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(student, teacher log-probabilities), both [C, V] → (loss [C], d loss / d student logits [C, V])."""
-
-
-def forward_kl(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(teacher || student) (Hinton et al., arXiv 1503.02531)."""
-    weight = p.exp()
-    return (weight * (p - q)).sum(-1), q.exp() - weight
-
-
-def reverse_kl(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(student || teacher) (MiniLLM, arXiv 2306.08543)."""
-    weight, gap = q.exp(), q - p
-    loss = (weight * gap).sum(-1)
-    return loss, weight * (gap - loss.unsqueeze(-1))
-
-
-def jsd(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """Jensen-Shannon divergence, the generalized one of GKD at beta = 1/2 (arXiv 2306.13649, eq. 1)."""
-    m = torch.logaddexp(q, p) - math.log(2)
-    weight = q.exp()
-    loss = 0.5 * ((p.exp() * (p - m)).sum(-1) + (weight * (q - m)).sum(-1))
-    slope = 0.5 * (q - m)
-    return loss, weight * (slope - (weight * slope).sum(-1, keepdim=True))
-
-
-DIVERGENCES: dict[str, Term] = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd}
-TERMS = (*DIVERGENCES, "ce")
+Weighted = tuple[tuple[str, float, float], ...]
+"""(divergence or ce, its parameter, its weight) of each term."""
+Overwrite = Callable[[Tensor, slice], Tensor]
+"""(logits of a chunk [C, V], its rows) → each term's sum; the logits become the gradient of the weighted sum."""
 
 
 def check_terms(weights: Mapping[str, float]) -> None:
     """Refuse unknown terms and a sum of nothing."""
     for name, w in weights.items():
-        if name not in TERMS:
-            raise GoriError(f"loss term {name!r} is unknown{nearest(name, TERMS)}")
+        parse(name)
         if w < 0:
             raise GoriError(f"loss term {name} has weight {w}: weights are not negative")
     if not any(weights.values()):
         raise GoriError(f"every loss term has weight 0: give one of {', '.join(TERMS)} a weight")
+    if not any(w for name, w in weights.items() if parse(name)[0] not in STATES):
+        raise GoriError(f"{', '.join(weights)} alone teach no answer: give ce or a divergence a weight beside them")
 
 
-class _Distill(torch.autograd.Function):
+class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
-        hidden_ND: Tensor,
-        head_VD: Tensor,
-        teacher_hidden: Tensor | None,
-        teacher_head: Tensor | None,
-        targets_N: Tensor,
-        weights: Mapping[str, float],
-        temperature: float,
-        chunk: int,
+        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, overwrite: Overwrite, weights: list[float], chunk: int
     ) -> tuple[Tensor, Tensor]:
         N = len(hidden_ND)
         grad_hidden, grad_head = torch.empty_like(hidden_ND), torch.zeros_like(head_VD)
-        sums = torch.zeros(len(weights), dtype=hidden_ND.dtype, device=hidden_ND.device)
+        buffer = product_buffer(hidden_ND, head_VD, min(chunk, N))
+        sums = torch.zeros(len(weights), dtype=_wide(hidden_ND.dtype), device=hidden_ND.device)
         for start in range(0, N, chunk):
             rows = slice(start, min(start + chunk, N))
-            logits = hidden_ND[rows] @ head_VD.T
-            teacher = None
-            if teacher_hidden is not None and teacher_head is not None:
-                teacher = teacher_hidden[rows] @ teacher_head.T
-            part, grad = _chunk(logits, teacher, targets_N[rows], weights, temperature)
-            sums += part
-            grad = grad.div_(N).to(hidden_ND.dtype)
+            grad = product(hidden_ND[rows], head_VD, buffer)
+            sums += overwrite(grad, rows)
+            grad = grad.to(hidden_ND.dtype)
             grad_hidden[rows] = grad @ head_VD
             grad_head.addmm_(grad.T, hidden_ND[rows])
         ctx.save_for_backward(grad_hidden, grad_head)
-        terms = sums / N
-        total = (terms * torch.tensor(list(weights.values()), dtype=terms.dtype, device=terms.device)).sum()
+        ctx.tokens, terms = N, sums / N
         ctx.mark_non_differentiable(terms)
-        return total, terms
+        return (terms * terms.new_tensor(weights)).sum(), terms
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        # in place: a second backward pass would be refused by autograd, which sees that these were changed
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad * grad_hidden, grad * grad_head, None, None, None, None, None, None
+        share = grad / ctx.tokens
+        return grad_hidden.mul_(share), grad_head.mul_(share), None, None, None
 
 
-def _chunk(
-    logits: Tensor, teacher: Tensor | None, targets: Tensor, weights: Mapping[str, float], temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Each term's sum over the chunk, and the weighted gradient [C, V] with respect to the student's logits."""
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    logits = logits.to(wide)
-    grad, sums = torch.zeros_like(logits), []
-    p = q = logits[:0]
-    if teacher is not None:
-        p = (teacher.to(wide) / temperature).log_softmax(-1)
-        q = (logits / temperature).log_softmax(-1)
-    for name, w in weights.items():
-        if name == "ce":
-            log_q = logits.log_softmax(-1)
-            sums.append(-log_q.gather(1, targets.unsqueeze(1)).sum())
-            slope = log_q.exp_()
-            slope.scatter_add_(1, targets.unsqueeze(1), torch.full_like(slope[:, :1], -1.0))
-            grad.add_(slope, alpha=w)
-        else:
-            loss, slope = DIVERGENCES[name](q, p)
-            sums.append(loss.sum() * temperature**2)
-            grad.add_(slope, alpha=w * temperature)
-    return torch.stack(sums), grad
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def product_buffer(hidden_ND: Tensor, head_VD: Tensor, rows: int) -> Tensor | None:
+    """Memory for a chunk's logits on a CPU, which gives large blocks back to the system each time they are freed; None
+    where the product is made in another type (autocast) or torch keeps freed blocks itself (a GPU)."""
+    wide = hidden_ND.dtype == head_VD.dtype and hidden_ND.dtype in (torch.float32, torch.float64)
+    if not wide or hidden_ND.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return None
+    return hidden_ND.new_empty(rows, len(head_VD))
+
+
+def product(hidden_CD: Tensor, head_VD: Tensor, buffer: Tensor | None) -> Tensor:
+    """Logits `[C, V]`, in the buffer where there is one; float32 or wider, and never an input's own memory."""
+    if buffer is not None:
+        return torch.mm(hidden_CD, head_VD.T, out=buffer[: len(hidden_CD)])
+    logits = hidden_CD @ head_VD.T
+    return logits.to(_wide(logits.dtype))
+
+
+def _in_blocks(work: Callable[..., Tensor], per_token: tuple[Tensor, ...], compiled: bool) -> Tensor:
+    """Run on the blocks of a chunk's tensors, whose first are the logits; the sums of what is returned."""
+    logits = per_token[0]
+    if compiled:
+        return _compiled(work)(*per_token)
+    size = len(logits)
+    if logits.device.type == "cpu":
+        size = max(1, BLOCK_BYTES // (logits.element_size() * logits.shape[1]))
+    return torch.stack([work(*parts) for parts in zip(*(t.split(size) for t in per_token), strict=True)]).sum(0)
+
+
+@cache
+def _compiled(work: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """One fused kernel for a chunk; sizes vary, so none of them is compiled in."""
+    return torch.compile(work, dynamic=True)
+
+
+@cache
+def _overwriting(used: Weighted, temperature: float, of_teacher: str) -> Callable[..., Tensor]:
+    """What works on a block: (logits, targets, what is known of the teacher) → each term's sum, and the logits become
+    the gradient of the weighted terms. Made once for each choice, so that it is compiled once."""
+
+    def work(logits: Tensor, targets: Tensor, *taught: Tensor) -> Tensor:
+        q = outcomes(logits if temperature == 1 else logits / temperature)
+        plain = q if temperature == 1 else outcomes(logits)
+        p = None
+        if of_teacher == "logits":
+            p = outcomes(taught[0] if temperature == 1 else taught[0].div_(temperature))
+        sums, grad = [], None
+        for kind, parameter, weight in used:
+            if kind == "ce":
+                loss, slope = _cross_entropy(plain, targets)
+            else:
+                compared = SPARSE[of_teacher](q, *taught) if p is None else DIVERGENCES[kind](q, p, parameter)
+                loss, slope, weight = compared[0] * temperature**2, compared[1], weight * temperature
+            sums.append(loss.sum())
+            grad = slope.mul_(weight) if grad is None else grad.add_(slope, alpha=weight)
+        assert grad is not None
+        logits.copy_(grad)
+        return torch.stack(sums)
+
+    return work
+
+
+def _cross_entropy(q: Outcomes, targets_C: Tensor) -> tuple[Tensor, Tensor]:
+    at = targets_C.unsqueeze(1)
+    slope = q.prob_CV.scatter_add(1, at, torch.full_like(q.prob_CV[:, :1], -1.0))
+    return -q.log_CV.gather(1, at).squeeze(1), slope
+
+
+def _sampled(q: Outcomes, ids_Ck: Tensor, given_Ck: Tensor) -> tuple[Tensor, Tensor]:
+    """-sum_i w_i log q_i, and its gradient (sum w) q - w."""
+    slope = (q.prob_CV * given_Ck.sum(-1, keepdim=True)).scatter_add_(1, ids_Ck, -given_Ck)
+    return -(given_Ck * q.log_CV.gather(1, ids_Ck)).sum(-1), slope
+
+
+def _with_tail(q: Outcomes, ids_Ck: Tensor, given_Ck: Tensor) -> tuple[Tensor, Tensor]:
+    """KL over k + 1 outcomes: the entries, and all others as one. Their gradient is q - w at an entry and
+    q (1 - w_tail / q_tail) elsewhere."""
+    filled = given_Ck > 0
+    ids = torch.where(filled, ids_Ck, ids_Ck[:, :1])  # the rest of a short row: its first entry once more
+    held = torch.where(filled[:, :1], torch.zeros_like(given_Ck), q.prob_CV.gather(1, ids))
+    others = q.prob_CV.scatter(1, ids, held)
+    q_tail, w_tail = others.sum(-1, keepdim=True), (1 - given_Ck.sum(-1, keepdim=True)).clamp_(min=0)
+    tiny = torch.finfo(others.dtype).tiny
+    loss = torch.special.xlogy(given_Ck, given_Ck) - given_Ck * q.log_CV.gather(1, ids)
+    of_tail = torch.special.xlogy(w_tail, w_tail) - w_tail * q_tail.clamp(min=tiny).log()
+    slope = q.prob_CV - others.mul_(w_tail / q_tail.clamp(min=tiny))
+    return loss.sum(-1) + of_tail.squeeze(1), slope.scatter_add_(1, ids, -given_Ck)
+
+
+SPARSE = {"sample": _sampled, "topk": _with_tail}
+"""How entries of a cached teacher are compared, by how they were chosen."""
 
 
 def distillation_loss(
@@ -134,21 +179,83 @@ def distillation_loss(
     weights: Mapping[str, float],
     temperature: float = 1.0,
     chunk: int | None = None,
+    compiled: bool = False,
 ) -> tuple[Tensor, dict[str, float]]:
     """Weighted sum of loss terms, averaged over tokens, and each term's value.
 
     hidden `[N, D]` and head `[V, D]` are the student's (gradients flow to both); teacher_hidden `[N, D']` and
     teacher_head `[V, D']` may be None where only "ce" has a weight. targets int64 `[N]`. A divergence is scaled by
     temperature², so that its gradient does not shrink (arXiv 1503.02531, section 2). Terms of weight 0 are left out.
+    `chunk` tokens have logits at once; `compiled`: torch.compile fuses what is done with them.
     """
     check_terms(weights)
-    used = {k: float(w) for k, w in weights.items() if w}
-    if teacher_hidden is None and set(used) != {"ce"}:
-        raise GoriError(f"loss terms {', '.join(k for k in used if k != 'ce')} need a teacher")
+    kept = {k: float(w) for k, w in weights.items() if w and parse(k)[0] not in STATES}
+    if teacher_hidden is None and (lonely := divergences_of(kept)):
+        raise GoriError(f"loss terms {', '.join(lonely)} need a teacher")
     if teacher_head is not None and teacher_head.shape[0] != head.shape[0]:
         raise GoriError(
             f"teacher's vocabulary {teacher_head.shape[0]} is not the student's {head.shape[0]}: use one tokenizer"
         )
-    chunk = chunk or max(1, CHUNK_BYTES // (4 * head.shape[0]))
-    total, terms = _Distill.apply(hidden, head, teacher_hidden, teacher_head, targets, used, temperature, chunk)
-    return total, dict(zip(used, terms.tolist(), strict=True))
+    if teacher_hidden is None or teacher_head is None or not divergences_of(kept):
+        return _total(hidden, head, targets, kept, 1.0, chunk, compiled, "nothing", lambda rows: ())
+    size = min(_chunk_size(head, chunk), len(hidden))
+    buffer = product_buffer(teacher_hidden, teacher_head, size)
+    known = lambda rows: (product(teacher_hidden[rows], teacher_head, buffer),)  # noqa: E731
+    return _total(hidden, head, targets, kept, temperature, chunk, compiled, "logits", known)
+
+
+def sparse_loss(
+    hidden: Tensor,
+    head: Tensor,
+    soft_ids: Tensor,
+    soft_weights: Tensor,
+    targets: Tensor,
+    weights: Mapping[str, float],
+    temperature: float = 1.0,
+    tail: bool = False,
+    chunk: int | None = None,
+    compiled: bool = False,
+) -> tuple[Tensor, dict[str, float]]:
+    """The same with a teacher of whom a few entries a token are known: ids int64 and weights float32, both `[N, k]`.
+
+    Without `tail` the weights are an unbiased estimate of the teacher's distribution (importance sampling, arXiv
+    2503.16870): "forward_kl" is then -sum w log q, the cross-entropy to the estimate, whose gradient (sum w) q - w has
+    forward KL's as its expectation (w's is p, and the sum's is one; so weights are not normalised). Its value is
+    forward KL's plus the teacher's entropy. With `tail` the weights are the teacher's largest probabilities, and
+    "forward_kl" is KL over the k entries and one outcome for all others: a lower bound of the whole KL.
+
+    The weights are those of the teacher at this `temperature`. Other divergences need every probability of the teacher.
+    """
+    check_terms(weights)
+    kept = {k: float(w) for k, w in weights.items() if w and parse(k)[0] not in STATES}
+    if unknown := [k for k in divergences_of(kept) if k != "forward_kl"]:
+        raise GoriError(
+            f"loss term {unknown[0]} needs the whole distribution: of a cached teacher take forward_kl or ce"
+        )
+    given = soft_weights.to(_wide(hidden.dtype))
+    known = lambda rows: (soft_ids[rows], given[rows])  # noqa: E731
+    return _total(hidden, head, targets, kept, temperature, chunk, compiled, "topk" if tail else "sample", known)
+
+
+def _chunk_size(head: Tensor, chunk: int | None) -> int:
+    return chunk or max(1, CHUNK_BYTES // (4 * len(head)))
+
+
+def _total(
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    weights: Mapping[str, float],
+    temperature: float,
+    chunk: int | None,
+    compiled: bool,
+    of_teacher: str,
+    known: Callable[[slice], tuple[Tensor, ...]],
+) -> tuple[Tensor, dict[str, float]]:
+    work = _overwriting(tuple((*parse(k), w) for k, w in weights.items()), temperature, of_teacher)
+
+    def overwrite(logits: Tensor, rows: slice) -> Tensor:
+        return _in_blocks(work, (logits, targets[rows], *known(rows)), compiled)
+
+    total, terms = _Chunked.apply(hidden, head, overwrite, list(weights.values()), _chunk_size(head, chunk))
+    return total, dict(zip(weights, terms.tolist(), strict=True))

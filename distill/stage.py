@@ -1,54 +1,90 @@
-"""The distill stage: teacher folder + recipe → a dense student, and the control run that shows what a teacher gave."""
+"""The distill stage: teacher folder + recipe → a dense student, and the control run that shows what a teacher gave.
+
+Students on the way and a teacher's answers to unlabelled requests stand beside OUT as directories of their own.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gori import checkpoint
-from gori.artifact import Manifest, ancestry, content_hash, make
+from gori import checkpoint, ranks
+from gori.artifact import Manifest, ancestry, content_hash, make, read_manifest
+from gori.calls import END, PAD
 from gori.corpus import Corpus, hashes
-from gori.data import encode
-from gori.distill.initialise import from_teacher
-from gori.distill.losses import check_terms, distillation_loss
+from gori.data import encode, prompt_ids
+from gori.distill import unlabelled
+from gori.distill.basis import basis_of, observe
+from gori.distill.divergences import STATES, parse
+from gori.distill.initialise import Taken, from_teacher
+from gori.distill.losses import check_terms
+from gori.distill.objective import (
+    Draws,
+    Inside,
+    cached_loss,
+    divergence_loss,
+    has_divergence,
+    needs_teacher,
+)
+from gori.distill.states import check_pairs, default_pairs
 from gori.errors import GoriError
 from gori.model import Decoder, parameter_count
 from gori.recipe import Distill, Student
+from gori.teacher.cache_read import CachedRows
 from gori.teacher.stage import answer_loss, device, fresh, run_loop, shape_config, training_state, write_trained
-from gori.teacher.train import Loss, TrainBatch
+from gori.teacher.train import Loss
 from gori.tokenizer import Tokenizer
 
 CALIBRATION_ROWS = 256
 
 
-def divergence_loss(teacher: Decoder, weights: dict[str, float], temperature: float, until: float = 1.0) -> Loss:
-    """The weighted distillation terms at the answers' positions; the teacher runs without gradient.
+@dataclass(frozen=True)
+class Places:
+    """What a student is made of and where it goes."""
 
-    From the share `until` of the steps on, the true answers alone: a student that has caught up with its teacher learns
-    nothing more from it (early-stopped distillation: Cho and Hariharan, arXiv 1910.01348, section 4).
-    """
-    teacher.requires_grad_(False)
-    alone = answer_loss(0.0)
-    needs_teacher = any(w for k, w in weights.items() if k != "ce")
+    teacher: Path
+    corpus: Corpus
+    tokenizer: Path
+    seed: int
+    out: Path
+    cache: Path | None = None
+    """A cached teacher, which is then compared with in the teacher's place."""
+    source: Path | None = None
+    """A larger student whose weights are taken in place of the teacher's."""
+    answers: Path | None = None
+    """The teacher's answers to unlabelled requests."""
 
-    def loss(model: Decoder, batch: TrainBatch) -> tuple[Tensor, dict[str, float]]:
-        if batch.progress >= until:
-            return alone(model, batch)
-        hidden = batch.answer_hidden(model)
-        taught = teacher_head = None
-        if needs_teacher:
-            with torch.no_grad():
-                taught, teacher_head = batch.answer_hidden(teacher), teacher.head.weight
-        head = model.head.weight
-        assert isinstance(head, Tensor)
-        assert teacher_head is None or isinstance(teacher_head, Tensor)
-        total, terms = distillation_loss(hidden, head, taught, teacher_head, batch.targets, weights, temperature)
-        return total, {"loss": round(total.item(), 5), **{k: round(v, 5) for k, v in terms.items()}}
 
-    return loss
+def check(distill: Distill, student: Student, cached: bool) -> None:
+    """Refuse what does not go together, before anything is trained."""
+    check_terms(distill.losses)
+    inside = [name for name, w in distill.losses.items() if w and parse(name)[0] in STATES]
+    several = ranks.current().world > 1
+    if cached and inside:
+        raise GoriError(f"loss term {inside[0]} needs the teacher itself: leave it out, or leave the cache out")
+    if cached and (distill.on_policy or distill.unlabelled or distill.labelled_rows):
+        what = next(k for k in ("on_policy", "unlabelled", "labelled_rows") if getattr(distill, k))
+        raise GoriError(f"distill.{what} has rows that the cache lacks: leave one of the two out")
+    if distill.on_policy and not has_divergence(distill.losses):
+        raise GoriError(
+            "distill.on_policy compares the student's own answers with the teacher: give a divergence a weight"
+        )
+    if distill.unlabelled and distill.unlabelled.answers == "student" and not distill.on_policy:
+        raise GoriError("distill.unlabelled.answers student needs on-policy steps: add distill.on_policy")
+    if several and (distill.on_policy or "attention" in distill.losses):
+        what = "on_policy" if distill.on_policy else "losses.attention"
+        raise GoriError(f"distill.{what} works in one process alone: start it without torchrun")
+    if distill.width == "pca" and student.tied and distill.init == "teacher":
+        raise GoriError(
+            "distill.width pca needs a head of its own: set student.tied to false, or take width importance"
+        )
+    if distill.progressive and distill.layers:
+        raise GoriError("distill.layers names the teacher's, and the last of several students takes another student's")
 
 
 def load_teacher(directory: Path, tokenizer: Tokenizer) -> Decoder:
@@ -63,65 +99,192 @@ def load_teacher(directory: Path, tokenizer: Tokenizer) -> Decoder:
 
 
 def train_student(
-    student: Student, distill: Distill, teacher_dir: Path, corpus: Corpus, tokenizer_dir: Path, seed: int, out: Path
-) -> bool:
-    """Distill a student into `out`; returns whether it ran."""
-    check_terms(distill.losses)
-    settings = {"student": student.model_dump(), **distill.model_dump(exclude={"control"})}
-    return _train("distill", settings, student, distill, distill.init, teacher_dir, corpus, tokenizer_dir, seed, out)
-
-
-def train_control(
-    student: Student, distill: Distill, teacher_dir: Path, corpus: Corpus, tokenizer_dir: Path, seed: int, out: Path
-) -> bool:
-    """The same student, steps, batches and rates on the true answers alone, from `distill.control`'s first weights."""
-    assert distill.control != "none"
-    control = distill.model_copy(update={"losses": {"ce": 1.0}, "init": distill.control})
-    of_the_teacher = {"control", "temperature", "teacher_until"}
-    settings = {"student": student.model_dump(), **control.model_dump(exclude=of_the_teacher)}
-    return _train("control", settings, student, control, control.init, teacher_dir, corpus, tokenizer_dir, seed, out)
-
-
-def _train(
-    stage: str,
-    settings: dict[str, object],
     student: Student,
     distill: Distill,
-    init: str,
     teacher_dir: Path,
     corpus: Corpus,
     tokenizer_dir: Path,
     seed: int,
     out: Path,
+    cache_dir: Path | None = None,
 ) -> bool:
-    inputs = {**hashes(corpus), "tokenizer": content_hash(tokenizer_dir), "teacher": content_hash(teacher_dir)}
-    if init == "random" and set(distill.losses) == {"ce"}:
-        inputs.pop("teacher")
-    manifest = Manifest(stage, stage, seed, settings, inputs)
-    directories = {"tokenizer": tokenizer_dir, "teacher": teacher_dir}
-    manifest.lineage = ancestry({label: path for label, path in directories.items() if label in inputs})
-    tokenizer = Tokenizer.load(tokenizer_dir)
+    """Distill a student into `out`; returns whether it ran. With a cache the teacher is read for first weights only.
+
+    Each student on the way is `out`-1, `out`-2, …, the teacher's answers to unlabelled requests `out`-answers.
+    """
+    check(distill, student, cache_dir is not None)
+    places = Places(teacher_dir, corpus, tokenizer_dir, seed, out, cache_dir)
+    if distill.unlabelled and distill.unlabelled.answers == "teacher":
+        places = replace(places, answers=out.with_name(f"{out.name}-answers"))
+        assert places.answers is not None
+        unlabelled.write_answers(distill.unlabelled, teacher_dir, tokenizer_dir, corpus, seed, places.answers)
+        if not places.answers.exists():
+            return False  # only planned: what follows would run too
+    for i, step in enumerate(distill.progressive, 1):
+        way = replace(places, out=out.with_name(f"{out.name}-{i}"))
+        larger = student.model_copy(update=step.model_dump(exclude={"steps"}))
+        update = {"train": distill.train.model_copy(update={"steps": step.steps}), "pairs": None, "progressive": []}
+        _train("distill", larger, _taking(distill, way).model_copy(update=update), way)
+        if not way.out.exists():
+            return False
+        places = replace(places, source=way.out)
+    return _train("distill", student, _taking(distill, places), places)
+
+
+def _taking(distill: Distill, places: Places) -> Distill:
+    """With first weights from the student on the way, where there is one."""
+    return distill.model_copy(update={"init": "teacher"}) if places.source else distill
+
+
+def train_control(
+    student: Student,
+    distill: Distill,
+    teacher_dir: Path,
+    corpus: Corpus,
+    tokenizer_dir: Path,
+    seed: int,
+    out: Path,
+    cache_dir: Path | None = None,
+) -> bool:
+    """The same student, steps, batches and rates on the true answers alone, from `distill.control`'s first weights."""
+    assert distill.control != "none"
+    alone = {"losses": {"ce": 1.0}, "on_policy": None, "unlabelled": None, "progressive": [], "pairs": None}
+    control = distill.model_copy(update={**alone, "init": distill.control})
+    return _train("control", student, control, Places(teacher_dir, corpus, tokenizer_dir, seed, out, cache_dir))
+
+
+def _train(stage: str, student: Student, distill: Distill, places: Places) -> bool:
+    """One student; `distill.progressive` is only noted here."""
+    not_read: dict[str, Any] = {"control": True, "unlabelled": {"files"}}
+    if stage == "control":
+        not_read |= {"temperature": True, "teacher_until": True}
+    settings = {"student": student.model_dump(), **distill.model_dump(exclude=not_read)}
+    cached = CachedRows(places.cache) if places.cache else None
+    living = needs_teacher(distill.losses) and cached is None
+    directories = {"tokenizer": places.tokenizer}
+    if living or (distill.init == "teacher" and not places.source):
+        directories["teacher"] = places.teacher
+    if distill.init == "teacher" and places.source:
+        directories["source"] = places.source
+    if places.answers:
+        directories["answers"] = places.answers
+    inputs = {**hashes(places.corpus), **{label: content_hash(path) for label, path in directories.items()}}
+    if cached:
+        inputs["cache"] = cached.content
+        cached.check_origin(tokenizer=inputs["tokenizer"])
+    if distill.unlabelled and not places.answers:
+        inputs |= unlabelled.hashes(distill.unlabelled)
+    manifest = Manifest(stage, stage, places.seed, settings, inputs)
+    manifest.lineage = ancestry(directories | ({"cache": places.cache} if places.cache else {}))
+    tokenizer = Tokenizer.load(places.tokenizer)
 
     def build(tmp: Path) -> None:
-        cfg = shape_config(student, student.kind, tokenizer.vocab_size)
-        report: dict[str, object] = {"from": "random"}
-        teacher = load_teacher(teacher_dir, tokenizer) if "teacher" in inputs else None
-        if init == "teacher" and teacher:  # queries and keys are turned as the teacher turns its own
-            cfg = replace(cfg, rope_theta=teacher.cfg.rope_theta, rope_scaling=teacher.cfg.rope_scaling)
-        model = fresh(cfg, student.induction, seed + 1)
-        if init == "teacher":
-            assert teacher is not None
-            report = {"from": "teacher", **from_teacher(model, teacher, calibration(corpus, tokenizer), distill.layers)}
-        if teacher:
-            teacher.to(device())
+        labelled = places.corpus.train[: distill.labelled_rows]
+        sample = calibration(replace(places.corpus, train=labelled), tokenizer)
+        teacher = load_teacher(places.teacher, tokenizer) if "teacher" in directories else None
+        source = load_teacher(places.source, tokenizer) if places.source else teacher
+        model, taken = first_weights(student, distill, source, sample, tokenizer, places.seed)
+        report = {"from": "source" if places.source else "teacher", **taken.report} if taken else {"from": "random"}
         loss = answer_loss(0.0)
-        if teacher and set(distill.losses) != {"ce"}:
-            loss = divergence_loss(teacher, distill.losses, distill.temperature, distill.teacher_until)
-        done = run_loop(model.to(device()), corpus, tokenizer, loss, distill.train, seed + 1, out, manifest.fingerprint)
-        share = {"share_of_teacher": parameter_count(model) / parameter_count(teacher)} if teacher else {}
-        write_trained(tmp, model, tokenizer_dir, done, manifest, initialised=report, **share)
+        if cached and needs_teacher(distill.losses):
+            until, compiled = distill.teacher_until, distill.train.compile
+            loss = cached_loss(distill.losses, distill.temperature, until, tail=cached.tail, compiled=compiled)
+        elif living:
+            assert teacher is not None
+            inside = _inside(distill, model, teacher, None if places.source else taken, sample)
+            loss = _living(distill, teacher.to(device()), inside, places, tokenizer)
+        rows, more = labelled, {}
+        if distill.unlabelled and places.answers:
+            more_rows = unlabelled.read_answers(places.answers, places.corpus)
+            rows = unlabelled.mixed(labelled, more_rows, distill.unlabelled.share)
+            more["unlabelled"] = read_manifest(places.answers)["metrics"] | {
+                "rows": len(rows),
+                "labelled": len(labelled),
+            }
+        if distill.progressive:
+            more["progressive"] = [
+                _told(places.out.with_name(f"{places.out.name}-{i + 1}")) for i in range(len(distill.progressive))
+            ]
+        if teacher:
+            more["share_of_teacher"] = parameter_count(model) / parameter_count(teacher)
+        done = run_loop(
+            model.to(device()),
+            replace(places.corpus, train=list(rows)),
+            tokenizer,
+            loss,
+            distill.train,
+            places.seed + 1,
+            places.out,
+            manifest.fingerprint,
+            cached.epoch if cached and not (stage == "control" and cached.hard) else None,
+        )
+        write_trained(tmp, model, places.tokenizer, done, manifest, initialised=report, **more)
 
-    return make(out, manifest, build, scratch=training_state(out))
+    return make(places.out, manifest, build, scratch=training_state(places.out), by_all=True)
+
+
+def first_weights(
+    student: Student,
+    distill: Distill,
+    source: Decoder | None,
+    sample: Sequence[Tensor],
+    tokenizer: Tokenizer,
+    seed: int,
+) -> tuple[Decoder, Taken | None]:
+    """A student before training, and what it took where it takes weights."""
+    cfg = shape_config(student, student.kind, tokenizer.vocab_size)
+    if distill.init == "random":
+        return fresh(cfg, student.induction, seed + 1), None
+    assert source is not None
+    # queries and keys are turned as the source turns its own
+    cfg = replace(cfg, rope_theta=source.cfg.rope_theta, rope_scaling=source.cfg.rope_scaling)
+    model = fresh(cfg, student.induction, seed + 1)
+    d, e = distill, distill.experts
+    return model, from_teacher(model, source, sample, d.layers, depth=d.depth, width=d.width, score=e.score, how=e.how)
+
+
+def _inside(
+    distill: Distill, student: Decoder, teacher: Decoder, taken: Taken | None, sample: Sequence[Tensor]
+) -> Inside | None:
+    """What states are compared on: the layers and the basis that the student took, or as deep ones and the principal
+    directions of the teacher's stream where widths differ."""
+    if not any(w and parse(name)[0] in STATES for name, w in distill.losses.items()):
+        return None
+    depth, width = student.cfg.layers, student.cfg.hidden_size
+    pairs: list[tuple[int, int]] = distill.pairs or default_pairs(depth, teacher.cfg.layers)
+    if taken and not distill.pairs and depth > 1:
+        pairs = [(i, taken.layers[i]) for i in range(1, depth)]
+    check_pairs(pairs, depth, teacher.cfg.layers)
+    basis = taken.basis if taken else None
+    if basis is None and width < teacher.cfg.hidden_size:
+        basis = basis_of(observe(teacher, sample, "pca"), width, "pca")
+    if basis is None and width > teacher.cfg.hidden_size:
+        raise GoriError(
+            f"hidden and cosine bring the teacher's {teacher.cfg.hidden_size} dimensions to the student's {width}: "
+            "take a student that is not wider, or leave them out"
+        )
+    return Inside(pairs, None if basis is None else basis.to(device()))
+
+
+def _living(distill: Distill, teacher: Decoder, inside: Inside | None, places: Places, tokenizer: Tokenizer) -> Loss:
+    draws = None
+    if p := distill.on_policy:
+        prompts = None
+        if distill.unlabelled and distill.unlabelled.answers == "student":
+            asked = unlabelled.prompts(distill.unlabelled, places.corpus.functions)
+            prompts = [prompt_ids(c, tokenizer) for c in asked]
+        draws = Draws(p.share, p.temperature, p.start, places.seed, tokenizer.id(END), tokenizer.id(PAD), prompts)
+    until, compiled = distill.teacher_until, distill.train.compile
+    return divergence_loss(
+        teacher, distill.losses, distill.temperature, until, inside=inside, draws=draws, compiled=compiled
+    )
+
+
+def _told(directory: Path) -> dict[str, Any]:
+    """What the last student's manifest says of one on the way."""
+    m = read_manifest(directory)["metrics"]
+    told = {k: m[k] for k in ("parameters", "train_seconds", "final")}
+    return {"directory": directory.name, "content": content_hash(directory), **told}
 
 
 def calibration(corpus: Corpus, tokenizer: Tokenizer) -> list[Tensor]:

@@ -34,7 +34,7 @@ def test_a_student_of_its_dense_teachers_shape_is_a_copy(kind: str, tied: bool) 
 def test_chosen_layers_are_taken_in_their_order() -> None:
     teacher = random_decoder(DENSE)
     student = random_decoder(dataclasses.replace(DENSE, layers=2), seed=1)
-    report = from_teacher(student, teacher, CALIBRATION, layers=[2, 0])
+    report = from_teacher(student, teacher, CALIBRATION, layers=[2, 0]).report
     assert [r["teacher_layer"] for r in report["layers"]] == [2, 0]  # type: ignore[attr-defined]
     for mine, source in zip(student.layers, (2, 0), strict=True):
         for a, b in zip(mine.parameters(), teacher.layers[source].parameters(), strict=True):
@@ -90,7 +90,7 @@ def test_the_most_used_experts_are_chosen_and_their_share_is_reported() -> None:
             block.mlp.gate.weight[3] = 5.0
             block.mlp.gate.weight[1] = -5.0
     student = random_decoder(dataclasses.replace(DENSE, intermediate_size=20), seed=1)
-    report = from_teacher(student, teacher, CALIBRATION)
+    report = from_teacher(student, teacher, CALIBRATION).report
     for layer in report["layers"]:  # type: ignore[attr-defined]
         assert sorted(layer["experts"]) == [1, 3]
         assert layer["share_of_routing"] > 0.9
@@ -107,7 +107,7 @@ def test_the_most_used_experts_are_chosen_and_their_share_is_reported() -> None:
 @pytest.mark.parametrize("source", [DENSE, MOE])
 def test_a_narrower_student_takes_rows_and_columns_of_its_teacher(source: ModelConfig, changes: dict[str, int]) -> None:
     teacher, student = random_decoder(source), random_decoder(dataclasses.replace(DENSE, **changes), seed=1)  # type: ignore[arg-type]
-    report = from_teacher(student, teacher, CALIBRATION)
+    report = from_teacher(student, teacher, CALIBRATION).report
     assert report["hidden_dimensions"] == student.cfg.hidden_size
     with torch.no_grad():
         assert torch.isfinite(student(CALIBRATION[0])).all()
