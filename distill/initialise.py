@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gori.distill.basis import Seen, Width, basis_of, norm_scale, observe
 from gori.distill.experts import How, Score, dense_neurons
 from gori.errors import GoriError
-from gori.model import MLP, Block, Decoder
+from gori.model import MLP, Block, Decoder, ModelConfig
 from gori.norm import RMSNorm
 
 Depth = Literal["even", "influence"]
@@ -35,6 +35,8 @@ class Taken:
 
 def evenly_spaced(count: int, total: int) -> list[int]:
     """`count` of `total` layers, first and last among them: 3 of 5 → [0, 2, 4]."""
+    if count > total:
+        raise GoriError(f"a student of {count} layers cannot be initialised from a teacher of {total}: use init random")
     if count == 1:
         return [0]
     return [round(i * (total - 1) / (count - 1)) for i in range(count)]
@@ -43,10 +45,9 @@ def evenly_spaced(count: int, total: int) -> list[int]:
 def chosen_layers(count: int, seen: Seen, depth: Depth) -> list[int]:
     """The teacher's layers that a student of `count` layers takes, in their order."""
     total = len(seen.influence)
-    if count > total:
-        raise GoriError(f"a student of {count} layers cannot be initialised from a teacher of {total}: use init random")
+    even = evenly_spaced(count, total)
     if depth == "even":
-        return evenly_spaced(count, total)
+        return even
     return sorted(sorted(range(total), key=lambda i: -seen.influence[i])[:count])
 
 
@@ -72,7 +73,7 @@ def from_teacher(
         raise GoriError("width pca needs a head of its own: set student.tied to false, or take width importance")
     seen = observe(teacher, calibration, width)
     layers = list(layers) if layers else chosen_layers(student.cfg.layers, seen, depth)
-    _check(student, teacher, layers)
+    check_shapes(student.cfg, teacher.cfg, layers)
     basis = basis_of(seen, student.cfg.hidden_size, width)
     copy = _Copy(basis, width == "pca", seen)
     student.embed_tokens.weight.copy_(_weight(teacher.embed_tokens) @ basis)  # type: ignore[union-attr,operator]
@@ -120,8 +121,11 @@ def _weight(m: nn.Module) -> Tensor:
     return m.weight.detach()
 
 
-def _check(student: Decoder, teacher: Decoder, layers: Sequence[int]) -> None:
-    s, t = student.cfg, teacher.cfg
+def check_shapes(s: ModelConfig, t: ModelConfig, layers: Sequence[int] | None) -> None:
+    """GoriError where a student's shape cannot take weights of a teacher's (or a larger student's); `layers` are those
+    that it would take, None: any."""
+    if layers is None:
+        layers = evenly_spaced(s.layers, t.layers)
     if len(layers) != s.layers or not all(0 <= i < t.layers for i in layers):
         raise GoriError(f"layers {list(layers)} are not {s.layers} of the teacher's 0..{t.layers - 1}")
     wide = t.intermediate_size * max(1, t.experts)

@@ -9,6 +9,7 @@ if given).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -36,12 +37,12 @@ def check_terms(weights: Mapping[str, float]) -> None:
     """Refuse unknown terms and a sum of nothing."""
     for name, w in weights.items():
         parse(name)
-        if w < 0:
-            raise GoriError(f"loss term {name} has weight {w}: weights are not negative")
+        if not 0 <= w < math.inf:
+            raise GoriError(f"loss term {name} has weight {w}: a weight is a number from 0 on")
     if not any(weights.values()):
         raise GoriError(f"every loss term has weight 0: give one of {', '.join(TERMS)} a weight")
     if not any(w for name, w in weights.items() if parse(name)[0] not in STATES):
-        raise GoriError(f"{', '.join(weights)} alone teach no answer: give ce or a divergence a weight beside them")
+        raise GoriError(f"losses of {', '.join(weights)} teach no answer: give ce or a divergence a weight beside them")
 
 
 class _Chunked(torch.autograd.Function):

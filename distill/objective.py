@@ -103,9 +103,9 @@ def divergence_loss(
             hidden, _weight(model), taught, teacher_head, batch.targets, used, temperature, compiled=compiled
         )
         if inside is not None and of_states:
-            valid = batch.valid_BT[:, :-1]
+            valid, wanted = batch.valid_BT[:, :-1], batch.loss_BT[:, 1:]
             found = state_terms(
-                model, teacher, entering, entering_teacher, valid, of_states, inside.pairs, inside.projection
+                model, teacher, entering, entering_teacher, valid, wanted, of_states, inside.pairs, inside.projection
             )
             total = total + sum(weights[k] * v for k, v in found.items())
             terms |= {k: v.item() for k, v in found.items()}

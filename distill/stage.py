@@ -13,22 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gori import checkpoint, ranks
+from gori import checkpoint
 from gori.artifact import Manifest, ancestry, content_hash, make, read_manifest
 from gori.calls import END, PAD
 from gori.corpus import Corpus, hashes
 from gori.data import encode, prompt_ids
 from gori.distill import unlabelled
 from gori.distill.basis import basis_of, observe
+from gori.distill.checks import check
 from gori.distill.divergences import STATES, parse
 from gori.distill.initialise import Taken, from_teacher
-from gori.distill.losses import check_terms
 from gori.distill.objective import (
     Draws,
     Inside,
     cached_loss,
     divergence_loss,
-    has_divergence,
     needs_teacher,
 )
 from gori.distill.states import check_pairs, default_pairs
@@ -58,33 +57,6 @@ class Places:
     """A larger student whose weights are taken in place of the teacher's."""
     answers: Path | None = None
     """The teacher's answers to unlabelled requests."""
-
-
-def check(distill: Distill, student: Student, cached: bool) -> None:
-    """Refuse what does not go together, before anything is trained."""
-    check_terms(distill.losses)
-    inside = [name for name, w in distill.losses.items() if w and parse(name)[0] in STATES]
-    several = ranks.current().world > 1
-    if cached and inside:
-        raise GoriError(f"loss term {inside[0]} needs the teacher itself: leave it out, or leave the cache out")
-    if cached and (distill.on_policy or distill.unlabelled or distill.labelled_rows):
-        what = next(k for k in ("on_policy", "unlabelled", "labelled_rows") if getattr(distill, k))
-        raise GoriError(f"distill.{what} has rows that the cache lacks: leave one of the two out")
-    if distill.on_policy and not has_divergence(distill.losses):
-        raise GoriError(
-            "distill.on_policy compares the student's own answers with the teacher: give a divergence a weight"
-        )
-    if distill.unlabelled and distill.unlabelled.answers == "student" and not distill.on_policy:
-        raise GoriError("distill.unlabelled.answers student needs on-policy steps: add distill.on_policy")
-    if several and (distill.on_policy or "attention" in distill.losses):
-        what = "on_policy" if distill.on_policy else "losses.attention"
-        raise GoriError(f"distill.{what} works in one process alone: start it without torchrun")
-    if distill.width == "pca" and student.tied and distill.init == "teacher":
-        raise GoriError(
-            "distill.width pca needs a head of its own: set student.tied to false, or take width importance"
-        )
-    if distill.progressive and distill.layers:
-        raise GoriError("distill.layers names the teacher's, and the last of several students takes another student's")
 
 
 def load_teacher(directory: Path, tokenizer: Tokenizer) -> Decoder:
@@ -155,6 +127,10 @@ def train_control(
 
 def _train(stage: str, student: Student, distill: Distill, places: Places) -> bool:
     """One student; `distill.progressive` is only noted here."""
+    if (distill.labelled_rows or 0) > len(places.corpus.train):
+        raise GoriError(
+            f"distill.labelled_rows {distill.labelled_rows} exceeds the {len(places.corpus.train)} rows of data.train"
+        )
     not_read: dict[str, Any] = {"control": True, "unlabelled": {"files"}}
     if stage == "control":
         not_read |= {"temperature": True, "teacher_until": True}
@@ -171,7 +147,13 @@ def _train(stage: str, student: Student, distill: Distill, places: Places) -> bo
     inputs = {**hashes(places.corpus), **{label: content_hash(path) for label, path in directories.items()}}
     if cached:
         inputs["cache"] = cached.content
-        cached.check_origin(tokenizer=inputs["tokenizer"])
+        cached.check(
+            tokenizer=inputs["tokenizer"],
+            teacher=inputs.get("teacher"),
+            train=inputs["train"] if stage == "distill" and not places.source else None,  # said once a run
+            temperature=distill.temperature,
+            max_position=student.max_position,
+        )
     if distill.unlabelled and not places.answers:
         inputs |= unlabelled.hashes(distill.unlabelled)
     manifest = Manifest(stage, stage, places.seed, settings, inputs)
@@ -192,7 +174,7 @@ def _train(stage: str, student: Student, distill: Distill, places: Places) -> bo
         elif living:
             assert teacher is not None
             inside = _inside(distill, model, teacher, None if places.source else taken, sample)
-            loss = _living(distill, teacher.to(device()), inside, places, tokenizer)
+            loss = _living(distill, teacher.to(device()), inside, places, tokenizer, student.max_position)
         rows, more = labelled, {}
         if distill.unlabelled and places.answers:
             more_rows = unlabelled.read_answers(places.answers, places.corpus)
@@ -238,7 +220,7 @@ def first_weights(
     assert source is not None
     # queries and keys are turned as the source turns its own
     cfg = replace(cfg, rope_theta=source.cfg.rope_theta, rope_scaling=source.cfg.rope_scaling)
-    model = fresh(cfg, student.induction, seed + 1)
+    model = fresh(cfg, False, seed + 1)  # every weight is taken
     d, e = distill, distill.experts
     return model, from_teacher(model, source, sample, d.layers, depth=d.depth, width=d.width, score=e.score, how=e.how)
 
@@ -266,12 +248,15 @@ def _inside(
     return Inside(pairs, None if basis is None else basis.to(device()))
 
 
-def _living(distill: Distill, teacher: Decoder, inside: Inside | None, places: Places, tokenizer: Tokenizer) -> Loss:
+def _living(
+    distill: Distill, teacher: Decoder, inside: Inside | None, places: Places, tokenizer: Tokenizer, room: int
+) -> Loss:
+    """The loss against a living teacher; `room` is the student's context."""
     draws = None
     if p := distill.on_policy:
         prompts = None
         if distill.unlabelled and distill.unlabelled.answers == "student":
-            asked = unlabelled.prompts(distill.unlabelled, places.corpus.functions)
+            asked = unlabelled.prompts(distill.unlabelled, places.corpus.functions, tokenizer, room)
             prompts = [prompt_ids(c, tokenizer) for c in asked]
         draws = Draws(p.share, p.temperature, p.start, places.seed, tokenizer.id(END), tokenizer.id(PAD), prompts)
     until, compiled = distill.teacher_until, distill.train.compile

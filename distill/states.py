@@ -35,10 +35,10 @@ def check_pairs(pairs: Pairs, student_layers: int, teacher_layers: int) -> None:
             )
 
 
-def hidden_terms(student_BTD: Tensor, taught_BTD: Tensor, valid_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """(squared error over the teacher's squared norm, 1 - cosine), each the mean over valid tokens."""
-    s, t = student_BTD[valid_BT].float(), taught_BTD[valid_BT].float()
-    error = (s - t).square().sum() / t.square().sum()
+def hidden_terms(student_BTD: Tensor, taught_BTD: Tensor, wanted_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """(squared error over the teacher's squared norm, 1 - cosine), each the mean over the wanted tokens."""
+    s, t = student_BTD[wanted_BT].float(), taught_BTD[wanted_BT].float()
+    error = ((s - t).square().sum(-1) / t.square().sum(-1)).mean()
     return error, (1 - F.cosine_similarity(s, t, dim=-1)).mean()
 
 
@@ -53,14 +53,14 @@ def relation(x_BTHd: Tensor, heads: int, valid_BT: Tensor) -> Tensor:
     return scores.masked_fill(~(seen | own), -1e30).log_softmax(-1)
 
 
-def relation_loss(student: Sequence[Tensor], taught: Sequence[Tensor], valid_BT: Tensor) -> Tensor:
+def relation_loss(student: Sequence[Tensor], taught: Sequence[Tensor], valid_BT: Tensor, wanted_BT: Tensor) -> Tensor:
     """KL of the teacher's relations of queries, of keys and of values to the student's, the mean of the three over
-    heads and valid tokens (MiniLMv2, eq. 4, with causal relations). Each `[B, T, H, d]`; heads may differ."""
+    heads and the wanted tokens (MiniLMv2, eq. 4, with causal relations). Each `[B, T, H, d]`; heads may differ."""
     total = valid_BT.new_zeros((), dtype=torch.float32)
     for mine, theirs in zip(student, taught, strict=True):
         heads = math.gcd(mine.shape[2], theirs.shape[2])
         q, p = relation(mine, heads, valid_BT), relation(theirs, heads, valid_BT)
-        total = total + (p.exp() * (p - q)).sum(-1).transpose(1, 2)[valid_BT].mean()
+        total = total + (p.exp() * (p - q)).sum(-1).transpose(1, 2)[wanted_BT].mean()
     return total / len(student)
 
 
@@ -70,27 +70,29 @@ def state_terms(
     entering: Sequence[Tensor],
     entering_teacher: Sequence[Tensor],
     valid_BT: Tensor,
+    wanted_BT: Tensor,
     kinds: Sequence[str],
     pairs: Pairs,
     projection: Tensor | None,
 ) -> dict[str, Tensor]:
     """Value of each of `kinds` (hidden, cosine, attention), with gradients to the student.
 
-    hidden and cosine are means over the pairs; projection `[D', D]`, fixed, brings the teacher's stream to the
+    Compared at the wanted tokens (those that predict an answer), as every other term is, so that parts of a batch weigh
+    alike. hidden and cosine are means over the pairs; projection `[D', D]`, fixed, brings the teacher's stream to the
     student's width (None: equal widths). attention compares the last pair alone, as MiniLM does.
     """
     found: dict[str, Tensor] = {}
     if "hidden" in kinds or "cosine" in kinds:
         taught = [entering_teacher[t] for _, t in pairs]
         taught = taught if projection is None else [t @ projection.to(t.dtype) for t in taught]
-        both = [hidden_terms(entering[s], t, valid_BT) for (s, _), t in zip(pairs, taught, strict=True)]
+        both = [hidden_terms(entering[s], t, wanted_BT) for (s, _), t in zip(pairs, taught, strict=True)]
         means = {"hidden": torch.stack([e for e, _ in both]).mean(), "cosine": torch.stack([c for _, c in both]).mean()}
         found |= {k: means[k] for k in kinds if k in means}
     if "attention" in kinds:
         s, t = pairs[-1]
         with torch.no_grad():
             theirs = _projections(teacher, t, entering_teacher[t])
-        found["attention"] = relation_loss(_projections(student, s, entering[s]), theirs, valid_BT)
+        found["attention"] = relation_loss(_projections(student, s, entering[s]), theirs, valid_BT, wanted_BT)
     return found
 
 

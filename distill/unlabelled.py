@@ -27,8 +27,21 @@ BATCH = 64
 ROWS = "answers.jsonl"
 
 
-def prompts(section: Unlabelled, functions: Mapping[str, Function]) -> list[Conversation]:
-    return [c for f in section.files for c in read_prompts(Path(f), functions)]
+def prompts(
+    section: Unlabelled, functions: Mapping[str, Function], tokenizer: Tokenizer, context: int
+) -> list[Conversation]:
+    """Every request; one that leaves no room for an answer in `context` tokens is refused."""
+    found = []
+    for f in section.files:
+        rows = read_prompts(Path(f), functions)
+        for number, c in enumerate(rows, 1):
+            if (tokens := len(prompt_ids(c, tokenizer))) >= context:
+                raise GoriError(
+                    f"{f}: request {number} has {tokens} tokens and max_position is {context}: shorten the one that "
+                    f"begins {c.utterance[:40]!r}, or raise max_position"
+                )
+        found += rows
+    return found
 
 
 def hashes(section: Unlabelled) -> dict[str, str]:
@@ -48,8 +61,8 @@ def write_answers(
     manifest.lineage = ancestry({"tokenizer": tokenizer_dir, "teacher": teacher_dir})
 
     def build(tmp: Path) -> None:
-        rows, tokenizer = prompts(section, corpus.functions), Tokenizer.load(tokenizer_dir)
-        teacher = checkpoint.load(teacher_dir).eval().to(device())
+        tokenizer, teacher = Tokenizer.load(tokenizer_dir), checkpoint.load(teacher_dir).eval().to(device())
+        rows = prompts(section, corpus.functions, tokenizer, teacher.cfg.max_position)
         console.log(f"the teacher answers {len(rows):,} requests")
         texts = answers(teacher, rows, tokenizer, section.temperature, seed)
         found = [answered(c, text, corpus.functions) for c, text in zip(rows, texts, strict=True)]

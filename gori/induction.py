@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gori.errors import GoriError
-from gori.model import Attention, Decoder
+from gori.model import Attention, Decoder, ModelConfig
 
 PREVIOUS_WRITES, INDUCTION_WRITES = 0.05, 0.4
 """How strongly the two kinds of heads write, against an input of root mean square 1."""
@@ -30,15 +30,23 @@ PAIRS = 3
 """RoPE's fastest pairs, which tell one position from the next."""
 
 
+def check_room(cfg: ModelConfig) -> None:
+    """GoriError where a decoder is too small for the circuit."""
+    if cfg.layers < 2:
+        raise GoriError(f"induction needs 2 layers and the model has {cfg.layers}: add one or set induction: false")
+    if 2 * cfg.head_dim > cfg.hidden_size:
+        raise GoriError(
+            f"induction needs a hidden_size of 2 * head_dim = {2 * cfg.head_dim}, got {cfg.hidden_size}: "
+            "set induction: false"
+        )
+
+
 @torch.no_grad()
 def start_with_induction(model: Decoder, generator: torch.Generator) -> Decoder:
     """Write the circuit into a decoder that `Decoder.initialise` filled, in place; returns it."""
     cfg = model.cfg
-    if cfg.layers < 2:
-        raise GoriError(f"induction needs 2 layers and the model has {cfg.layers}: add one or set induction: false")
+    check_room(cfg)
     D, d = cfg.hidden_size, cfg.head_dim
-    if 2 * d > D:
-        raise GoriError(f"induction needs a hidden_size of 2 * head_dim = {2 * d}, got {D}: set induction: false")
     groups = max(1, min(cfg.kv_heads // 2, (D - 1) // (2 * d)))
     common = torch.randn(D, generator=generator)
     common /= common.norm()

@@ -298,13 +298,13 @@ def run_recipe(
 
 def check(recipe: Recipe) -> None:
     """Refuse before anything is trained what a later stage would refuse."""
-    from gori.distill.stage import check as check_distill
+    from gori.distill.checks import check_recipe
     from gori.export.weights import check_scheme
     from gori.quantize.layout import check_width
     from gori.quantize.methods import method, options
     from gori.teacher.foreign_recipe import check_teacher
 
-    check_distill(recipe.distill, recipe.student, recipe.cache is not None)
+    check_recipe(recipe)
     check_teacher(recipe)
     check_gates(recipe.gates)
     q, student = recipe.quantize, recipe.student

@@ -27,7 +27,11 @@ def train(recipe: Path, out: Path, overrides: tuple[str, ...], as_json: bool) ->
     from gori.pipeline import run_recipe
     from gori.recipe import load
 
-    run_recipe(load(recipe, overrides), out, until="teacher")
+    loaded = load(recipe, overrides)
+    if not loaded.has_teacher or loaded.teacher.path:
+        named = loaded.teacher.path or "that of a finished cache"
+        raise GoriError(f"the recipe's teacher is {named}: there is nothing to train")
+    run_recipe(loaded, out, until="teacher")
     body = read_manifest(out / "teacher")
     m = body["metrics"]
     text = f"{out / 'teacher'}: {m['parameters']:,} parameters, dev exact {m['final']['dev_exact']:.3f}"

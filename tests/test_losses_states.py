@@ -38,7 +38,7 @@ def slow_relation_loss(student: list[Tensor], taught: list[Tensor], heads: list[
         for row, length in enumerate(lengths):
             both = [x[row].double().reshape(x.shape[1], R, -1) for x in (mine, theirs)]
             for r in range(R):
-                for t in range(length):
+                for t in range(1, length):  # the first token is not wanted
                     q, p = (torch.softmax(x[: t + 1, r] @ x[t, r] / x.shape[-1] ** 0.5, 0) for x in both)
                     found.append(float((p * (p / q).log()).sum()))
         total.append(sum(found) / len(found))
@@ -52,17 +52,20 @@ def test_relations_equal_a_loop_over_heads_and_tokens() -> None:
     lengths = [5, 3, 4]
     valid = torch.arange(5) < torch.tensor(lengths).unsqueeze(1)
     want = slow_relation_loss(student, taught, [2, 1, 1], lengths)
-    assert relation_loss(student, taught, valid).item() == pytest.approx(want, rel=1e-5)
-    assert relation_loss(taught, taught, valid).item() == pytest.approx(0, abs=1e-6)
+    wanted = valid.clone()
+    wanted[:, 0] = False
+    assert relation_loss(student, taught, valid, wanted).item() == pytest.approx(want, rel=1e-5)
+    assert relation_loss(taught, taught, valid, wanted).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_hidden_terms_equal_their_definitions_on_valid_tokens() -> None:
+def test_hidden_terms_equal_their_definitions_on_wanted_tokens() -> None:
     g = torch.Generator().manual_seed(2)
     s, t = torch.randn(2, 4, 6, generator=g), torch.randn(2, 4, 6, generator=g)
     valid = torch.tensor([[True] * 4, [True, True, False, False]])
     error, cosine = hidden_terms(s, t, valid)
     a, b = torch.cat((s[0], s[1, :2])), torch.cat((t[0], t[1, :2]))
-    assert error.item() == pytest.approx(mse_loss(a, b).item() / b.square().mean().item(), rel=1e-5)
+    want = sum(mse_loss(x, y).item() / y.square().mean().item() for x, y in zip(a, b, strict=True)) / len(a)
+    assert error.item() == pytest.approx(want, rel=1e-5)
     assert cosine.item() == pytest.approx(1 - cosine_similarity(a, b).mean().item(), rel=1e-5)
 
 
@@ -76,7 +79,7 @@ def test_what_enters_a_layer_is_compared_through_the_projection() -> None:
         teacher, {"forward_kl": 1.0, "hidden": 0.5, "attention": 0.3}, 1.0, inside=Inside([(1, 3)], projection)
     )
     total, entry = loss(student, b)
-    want = hidden_terms(seen["student"], seen["teacher"] @ projection, b.valid_BT[:, :-1])[0]
+    want = hidden_terms(seen["student"], seen["teacher"] @ projection, b.loss_BT[:, 1:])[0]
     assert entry["hidden"] == pytest.approx(want.item(), rel=1e-3)
     assert entry["loss"] == pytest.approx(
         entry["forward_kl"] + 0.5 * entry["hidden"] + 0.3 * entry["attention"], abs=1e-4
@@ -92,7 +95,7 @@ def test_a_student_that_is_its_teacher_loses_nothing_inside() -> None:
         b.answer_hidden(teacher, states)
         pairs = default_pairs(4, 4)
         kinds = ["hidden", "cosine", "attention"]
-        found = state_terms(teacher, teacher, states, states, b.valid_BT[:, :-1], kinds, pairs, None)
+        found = state_terms(teacher, teacher, states, states, b.valid_BT[:, :-1], b.loss_BT[:, 1:], kinds, pairs, None)
     assert pairs == [(1, 1), (2, 2), (3, 3)]
     assert all(abs(v.item()) < 1e-5 for v in found.values())
 
@@ -112,7 +115,8 @@ def test_queries_keys_and_values_are_those_that_the_layer_used() -> None:
     states: list[Tensor] = []
     with torch.no_grad():
         b.answer_hidden(model, states)
-        found = state_terms(model, model, states, states, b.valid_BT[:, :-1], ["attention"], [(2, 2)], None)
+        valid, wanted = b.valid_BT[:, :-1], b.loss_BT[:, 1:]
+        found = state_terms(model, model, states, states, valid, wanted, ["attention"], [(2, 2)], None)
     assert len(used) == 9  # the pass itself, then once for student and teacher each
     for again in (used[3:6], used[6:9]):
         assert all(torch.equal(a, b) for a, b in zip(used[:3], again, strict=True))
@@ -131,3 +135,17 @@ def test_states_do_not_change_what_a_decoder_says() -> None:
     with torch.no_grad():
         assert torch.equal(model.hidden(ids), model.hidden(ids, states=states))
     assert [tuple(s.shape) for s in states] == [(3, 9, 32)] * 4
+
+
+def test_parts_of_a_batch_weighed_by_their_answers_are_the_whole_batch() -> None:
+    """So that ranks, threads and micro-batches give one loss."""
+    student, teacher, b = random_decoder(STUDENT), random_decoder(TEACHER, 1), batch()
+    projection = torch.randn(32, 24, generator=torch.Generator().manual_seed(3))
+    weights = {"forward_kl": 1.0, "hidden": 1.0, "cosine": 1.0, "attention": 1.0}
+    loss = divergence_loss(teacher, weights, 1.0, inside=Inside([(1, 3)], projection))
+    parts = [TrainBatch(b.ids_BT[rows], b.loss_BT[rows], b.valid_BT[rows]) for rows in (slice(0, 1), slice(1, 3))]
+    shares = [len(p.targets) / len(b.targets) for p in parts]
+    with torch.no_grad():
+        whole = loss(student, b)[0].item()
+        joined = sum(loss(student, p)[0].item() * share for p, share in zip(parts, shares, strict=True))
+    assert joined == pytest.approx(whole, rel=1e-5)

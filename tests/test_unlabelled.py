@@ -19,10 +19,11 @@ from gori.artifact import content_hash, planning, read_manifest
 from gori.calls import END
 from gori.corpus import Corpus
 from gori.data import prompt_ids, read_conversations, read_prompts
-from gori.distill.stage import check, train_student
-from gori.distill.unlabelled import ROWS, answered, answers, mixed
+from gori.distill.checks import check, check_recipe
+from gori.distill.stage import train_student
+from gori.distill.unlabelled import ROWS, answered, answers, mixed, prompts
 from gori.errors import GoriError
-from gori.recipe import Distill, Student, Teacher
+from gori.recipe import Distill, Recipe, Student, Teacher, Unlabelled, parse
 from gori.teacher.stage import train_teacher
 from gori.tokenizer import Tokenizer
 
@@ -182,6 +183,10 @@ FILES = {"files": ["x.txt"]}
         ({"width": "pca"}, False, "needs a head of its own"),
         ({"layers": [0], "progressive": [{"layers": 1, "hidden_size": 8, "intermediate_size": 8, "steps": 1}]}, False,
          "takes another student's"),
+        ({"losses": {"reverse_kl": 1.0}}, True, "reverse_kl needs all probabilities"),
+        ({"on_policy": {"start": 0.4}, "teacher_until": 0.4}, False, "heard until distill.teacher_until 0.4"),
+        ({"init": "random", "depth": "influence"}, False, "distill.depth says how weights are taken"),
+        ({"pairs": [(1, 1)]}, False, "compared by hidden, cosine and attention"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused_before_any_work(more: dict[str, Any], cached: bool, message: str) -> None:
@@ -194,3 +199,46 @@ def test_on_policy_steps_are_refused_under_several_ranks(monkeypatch: pytest.Mon
     assert ranks.current().world == 2
     with pytest.raises(GoriError, match=r"distill.on_policy works in one process alone"):
         check(distill(on_policy={}), student(), cached=False)
+
+
+def asking(**sections: Any) -> Recipe:
+    """A recipe of the built-in task whose student is half as deep as its teacher."""
+    body: dict[str, Any] = {"name": "r", "data": {"builtin": "incar"}, "student": {"layers": 2}}
+    return parse({**body, **sections}, "the test")
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"student": {"layers": 9}}, "student of 9 layers cannot be initialised from a teacher of 4"),
+        ({"student": {"hidden_size": 256}}, "hidden_size 256 exceeds the teacher's 128"),
+        ({"distill": {"layers": [0, 7]}}, r"layers \[0, 7\] are not 2 of the teacher's 0..3"),
+        ({"distill": {"progressive": [{"layers": 1, "hidden_size": 128, "intermediate_size": 256, "steps": 1}]}},
+         "student of 2 layers cannot be initialised from a teacher of 1"),
+        ({"distill": {"init": "random"}, "student": {"layers": 1}}, "induction needs 2 layers"),
+        ({"distill": {"unlabelled": {"files": ["nowhere.txt"]}}}, "nowhere.txt does not exist"),
+    ],
+)  # fmt: skip
+def test_what_a_later_stage_would_refuse_is_refused_with_the_recipe(sections: dict[str, Any], message: str) -> None:
+    check_recipe(asking())
+    check_recipe(asking(student={"layers": 1}))  # every weight is taken: no circuit is written
+    with pytest.raises(GoriError, match=message):
+        check_recipe(asking(**sections))
+
+
+def test_a_request_without_room_for_an_answer_is_named(toy_corpus: Corpus, toy_tokenizer: Path, tmp_path: Path) -> None:
+    file = tmp_path / "said.txt"
+    file.write_text("hello\n\n" + "very " * 60 + "long\n", encoding="utf-8")
+    section, tokenizer = Unlabelled(files=[str(file)]), Tokenizer.load(toy_tokenizer)
+    assert len(prompts(section, toy_corpus.functions, tokenizer, 500)) == 2
+    with pytest.raises(GoriError, match=r"said.txt: request 2 has \d+ tokens and max_position is 32: shorten"):
+        prompts(section, toy_corpus.functions, tokenizer, 32)
+
+
+def test_more_labelled_rows_than_there_are_is_refused(
+    teacher: Path, toy_corpus: Corpus, toy_tokenizer: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(GoriError, match=r"distill.labelled_rows 100000 exceeds the \d+ rows of data.train"):
+        train_student(
+            student(), distill(labelled_rows=100000), teacher, toy_corpus, toy_tokenizer, 0, tmp_path / "distill"
+        )
