@@ -20,13 +20,14 @@ TAKING = ("layers", "depth", "width", "experts")
 """Settings that say how first weights are taken from a teacher."""
 
 
-def check_recipe(r: Recipe) -> None:
-    """GoriError where the student, the way to it and its teacher do not go together."""
+def check_recipe(r: Recipe, student: bool = True) -> None:
+    """GoriError where the student, the way to it and its teacher do not go together; shapes only if a `student` is made
+    in this run."""
     check(r.distill, r.student, r.cache is not None)
     for f in r.distill.unlabelled.files if r.distill.unlabelled else ():
         if not Path(f).is_file():
             raise GoriError(f"distill.unlabelled.files: {f} does not exist: name files of requests")
-    chain = _chain(r)
+    chain = _chain(r) if student else []
     for smaller, larger in zip(chain[1:], chain, strict=False):
         layers = r.distill.layers if len(chain) == 2 else None
         check_shapes(smaller, larger, layers)

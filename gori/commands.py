@@ -153,8 +153,9 @@ def tokens(files: tuple[Path, ...], tokenizer: Path, out: Path, shard_tokens: in
 
     write_tokens(files, tokenizer, out, shard_tokens)
     body = read_manifest(out)
-    m = body["metrics"]
-    console.result(body, as_json, f"{out}: {m['tokens']:,} tokens in {m['shards']} shards")
+    n, shards = (body["metrics"][k] for k in ("tokens", "shards"))
+    text = f"{out}: {n:,} token{'s' if n != 1 else ''} in {shards} shard{'s' if shards != 1 else ''}"
+    console.result(body, as_json, text)
 
 
 @click.command(epilog="Example: gori doctor --json")

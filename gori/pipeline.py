@@ -272,7 +272,7 @@ def run_recipe(
     """
     if until not in STAGES:
         raise GoriError(f"stage {until!r} is unknown: choose one of {', '.join(STAGES)}")
-    check(recipe)
+    check(recipe, until)
     run = Run(recipe, out, ray)
     if dry_run:
         for stage, state in plan(run, until):
@@ -296,7 +296,7 @@ def run_recipe(
     return summary
 
 
-def check(recipe: Recipe) -> None:
+def check(recipe: Recipe, until: str) -> None:
     """Refuse before anything is trained what a later stage would refuse."""
     from gori.distill.checks import check_recipe
     from gori.export.weights import check_scheme
@@ -304,7 +304,7 @@ def check(recipe: Recipe) -> None:
     from gori.quantize.methods import method, options
     from gori.teacher.foreign_recipe import check_teacher
 
-    check_recipe(recipe)
+    check_recipe(recipe, student=STAGES.index(until) >= STAGES.index("distill"))
     check_teacher(recipe)
     check_gates(recipe.gates)
     q, student = recipe.quantize, recipe.student

@@ -47,7 +47,8 @@ def write_tokens(files: Sequence[Path], tokenizer_dir: Path, out: Path, shard_to
         if not shards:
             raise GoriError(f"{', '.join(map(str, files))}: no text in it, so no tokens")
         total = sum(s["tokens"] for s in shards)
-        about = {"dtype": dtype.str, "tokenizer": inputs["tokenizer"], "tokens": total, "shards": shards}
+        about = {"dtype": dtype.str, "vocab_size": tokenizer.vocab_size, "tokenizer": inputs["tokenizer"]}
+        about |= {"tokens": total, "shards": shards}
         write_json(tmp / INDEX, about)
         manifest.metrics |= {"tokens": total, "shards": len(shards)}
 
@@ -83,10 +84,10 @@ def _pieces(
     try:
         with open(path, "rb") as f:
             yield from _rows(f, path, tokenizer, functions, end) if path.suffix == ".jsonl" else _lines(f, path)
+            if path.suffix != ".jsonl" and f.tell():
+                yield end
     except OSError as e:
         raise GoriError(f"{path} cannot be read: {e.strerror or e}") from e
-    if path.suffix != ".jsonl":
-        yield end
 
 
 def _lines(file: IO[bytes], path: Path) -> Iterator[str]:
@@ -113,14 +114,36 @@ def _rows(
         except (ValueError, RecursionError) as e:
             raise GoriError(f"{where}: not JSON ({e})") from e
         if isinstance(body, dict) and isinstance(body.get("text"), str):
-            yield body["text"]
-            yield end
+            if body["text"]:
+                yield body["text"]
+                yield end
         elif isinstance(body, dict) and "messages" in body:
             if not tokenizer.has(ASSISTANT):
                 raise GoriError(f"{where}: a conversation needs a tokenizer that gori trained: it has no {ASSISTANT}")
             yield encode(read_conversation(line, where, functions), tokenizer).ids
         else:
             raise GoriError(f'{where}: expected {{"text": "…"}} or {{"messages": […]}}')
+
+
+class Ids(Sequence[int]):
+    """A sequence's ids, a view of the mapped file: read, and compared with the vocabulary, when they are used."""
+
+    def __init__(self, view: np.memmap[Any, Any], vocab_size: int) -> None:
+        self.view, self._vocab_size = view, vocab_size
+
+    def __len__(self) -> int:
+        return len(self.view)
+
+    def __getitem__(self, i: Any) -> Any:
+        return np.asarray(self)[i]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        if (largest := int(self.view.max())) >= self._vocab_size:
+            raise GoriError(
+                f"{self.view.filename} holds token {largest}, its vocabulary has {self._vocab_size}: it was changed "
+                "after it was written, make the tokens again"
+            )
+        return np.array(self.view, dtype)
 
 
 class Tokens:
@@ -139,6 +162,7 @@ class Tokens:
         self.directory, self.sequence = directory, sequence
         self.tokenizer: str = index["tokenizer"]
         """SHA-256 of the tokenizer.json that made them."""
+        self._vocab_size: int = index["vocab_size"]
         self.identity = sha256_json({name: f["sha256"] for name, f in manifest["files"].items()})
         """The folder's content hash as its manifest states it: terabytes are not read for it."""
         self._shards = [np.memmap(directory / s["file"], index["dtype"], "r") for s in index["shards"]]
@@ -151,11 +175,11 @@ class Tokens:
         return self._firsts[-1]
 
     def __getitem__(self, i: int) -> Example:
-        """A sequence as views of the mapped file."""
+        """A sequence as a view of the mapped file; GoriError where its ids are read and exceed the vocabulary."""
         shard = bisect_right(self._firsts, i) - 1
         at = (i - self._firsts[shard]) * self.sequence
-        ids = self._shards[shard][at : at + self.sequence + 1]
-        return Example(cast(Any, ids), cast(Any, np.ones(len(ids), bool)))  # read as lists are, and no copy is made
+        ids = cast("np.memmap[Any, Any]", self._shards[shard][at : at + self.sequence + 1])
+        return Example(cast(Any, Ids(ids, self._vocab_size)), cast(Any, np.ones(len(ids), bool)))  # read as lists are
 
     def steps(self, batch_tokens: int, seed: int, first_step: int) -> Iterator[list[Example]]:
         """Endless steps of at most `batch_tokens` tokens, from `first_step` on; an epoch's last may be smaller."""

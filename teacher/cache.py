@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -167,6 +168,7 @@ def _entry(part: Part, data: bytes, examples: Sequence[Example], sums: dict[str,
         "epoch": part.epoch,
         "rows": [part.start, part.stop],
         "tokens": sum(len(e.ids) for e in examples),
+        "longest": max(len(e.ids) for e in examples),
         "answers": sum(len(s.ids) for s in softs),
         "entries": int(sum((s.weights > 0).sum() for s in softs)),
         "sums": sums,
@@ -290,7 +292,7 @@ def _assemble(scratch: Path, parts: Sequence[Part], tmp: Path, manifest: Manifes
     """Shards into one directory with their index, tokenizer and figures."""
     shards = [json.loads((scratch / f"{p.name}.json").read_text()) for p in parts]
     for p in parts:
-        os.link(scratch / p.name, tmp / p.name)
+        _place(scratch / p.name, tmp / p.name)
     copy_files(tokenizer_dir, tmp)
     about = {k: manifest.inputs[k] for k in ("teacher", "tokenizer", "train")}
     write_json(tmp / INDEX, {**about, "settings": manifest.settings, "seed": manifest.seed, "shards": shards})
@@ -306,6 +308,15 @@ def _assemble(scratch: Path, parts: Sequence[Part], tmp: Path, manifest: Manifes
         "entries_per_answer_token": round(sum(s["entries"] for s in shards) / max(1, answers), 3),
         **{k if k.startswith("rows") else f"{k}_per_answer_token": _share(k, v, answers) for k, v in sums.items()},
     }
+
+
+def _place(source: Path, to: Path) -> None:
+    """A hard link, or a copy where the file system has none."""
+    try:
+        os.link(source, to)
+    except OSError:
+        with os_errors(to):
+            shutil.copyfile(source, to)
 
 
 def _share(name: str, total: float, answers: int) -> float:

@@ -11,6 +11,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from gori import console
 from gori.artifact import read_manifest, read_object, sha256_file
 from gori.data import Example
 from gori.errors import GoriError
@@ -51,14 +52,41 @@ class CachedRows:
     def rows_per_epoch(self) -> int:
         return max(s["rows"][1] for s in self._index["shards"])
 
-    def check_origin(self, **hashes: str) -> None:
-        """Refuse a cache of another teacher, tokenizer or training file: each hash is what the recipe has."""
-        for name, wanted in hashes.items():
-            if self._index[name] != wanted:
+    def setting(self, name: str) -> Any:
+        """What the cache was made with, as a recipe's `distill` names it: tokenizers, swap_values, temperature, …"""
+        return self._settings[name]
+
+    def check(
+        self,
+        *,
+        teacher: str | None = None,
+        tokenizer: str | None = None,
+        train: str | None = None,
+        temperature: float | None = None,
+        max_position: int | None = None,
+    ) -> None:
+        """Refuse a cache that does not belong to what a recipe has; what is None is not looked at.
+
+        `teacher`, `tokenizer`, `train`: content hashes. Another training file is no error and said on stderr."""
+        for name, wanted in {"teacher": teacher, "tokenizer": tokenizer}.items():
+            if wanted is not None and self._index[name] != wanted:
                 raise GoriError(
                     f"the cache {self.directory} is of another {name} ({self._index[name][:12]}, here {wanted[:12]}): "
                     "make the cache again, or name the one that belongs to it"
                 )
+        if temperature is not None and temperature != self.setting("temperature"):
+            raise GoriError(
+                f"the cache {self.directory} was made at temperature {self.setting('temperature')}, and "
+                f"distill.temperature is {temperature}: set it to the cache's, or make a cache at yours"
+            )
+        longest = max(s["longest"] for s in self._index["shards"])
+        if max_position is not None and longest > max_position:
+            raise GoriError(
+                f"the cache {self.directory} has a row of {longest} tokens, and student.max_position is "
+                f"{max_position}: raise it to {longest}, or make a cache for it"
+            )
+        if train is not None and train != self._index["train"]:
+            console.log(f"the cache {self.directory} is of another training file: its rows are used, not data.train's")
 
     def epoch(self, number: int) -> Sequence[Example]:
         """The rows of a training's epoch; the cached epochs follow each other in turn. Kept until another is read."""

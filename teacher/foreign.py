@@ -8,6 +8,7 @@ Knows nothing of rows, caches or students. Shapes: B rows, T tokens, V vocabular
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 import sys
 from dataclasses import asdict, dataclass
@@ -16,7 +17,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from gori import checkpoint, console
@@ -24,7 +24,7 @@ from gori.artifact import Manifest, content_hash, make, read_manifest, read_obje
 from gori.errors import GoriError, one_line
 from gori.model import Decoder
 from gori.teacher.foreign_bits import to_four_bits
-from gori.teacher.foreign_recipe import TEACHER, is_imported
+from gori.teacher.foreign_recipe import TEACHER, is_imported, speaks_gori
 
 PROBE = "probe.json"
 KEPT = (
@@ -39,6 +39,8 @@ PROBES = (
     '{"name": "set_temperature", "arguments": {"zone": "driver", "celsius": 22}}',
 )
 PROBE_IDS = 5
+SHOWN = 3
+"""Tensors that an error names."""
 TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bf16": 0.3}
 """Largest difference of a log-probability that another machine's rounding may make (nats)."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bf16": torch.bfloat16}
@@ -139,11 +141,18 @@ def import_teacher(folder: Path, loading: Loading, out: Path) -> bool:
         for name in KEPT:
             if (folder / name).exists():
                 shutil.copyfile(folder / name, tmp / name)
-        (tmp / "chat_template.jinja").write_text(teacher.tokenizer.chat_template or "", encoding="utf-8")
+        template = _template(teacher.tokenizer)
+        (tmp / "chat_template.jinja").write_text(template, encoding="utf-8")
+        if "tools" not in template and not speaks_gori(folder):
+            lacks = "a chat template that shows tools" if template else "a chat template"
+            console.log(
+                f"{folder} lacks {lacks}: rows with tools cannot be asked in the teacher's own format "
+                "(put its chat_template.jinja there and import it again)"
+            )
         manifest.metrics |= {
             "architecture": type(teacher.model).__name__,
             "vocab_size": teacher.vocab_size,
-            "chat_template": bool(teacher.tokenizer.chat_template),
+            "chat_template": bool(template),
             **parameters(teacher.model),
         }
 
@@ -152,11 +161,13 @@ def import_teacher(folder: Path, loading: Loading, out: Path) -> bool:
 
 def load(folder: Path, loading: Loading) -> ForeignTeacher:
     """Read a folder with transformers: weights come shard by shard onto their device."""
+    for name in ("torchao", "torch.utils._pytree"):  # they tell of GPU kernels, and of each other's classes
+        logging.getLogger(name).setLevel(logging.ERROR)
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers.utils import logging as speech
 
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+        speech.disable_progress_bar()
     if loading.bits not in (4, 16):
         raise GoriError(f"--bits {loading.bits}: 4 packs linear layers and experts, 16 leaves them as they are")
     more: dict[str, Any] = {"trust_remote_code": loading.trust_remote_code, "local_files_only": True}
@@ -165,14 +176,65 @@ def load(folder: Path, loading: Loading) -> ForeignTeacher:
     mapped: dict[str, Any] = {"device_map": loading.device_map} if loading.device_map != "cpu" else {}
     if loading.bits == 4:
         mapped["experts_implementation"] = "eager"  # one expert's matrix at a time
+    said = speech.get_verbosity()
+    speech.set_verbosity_error()  # its table of tensors: _check_whole tells it in a sentence
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **more)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[loading.dtype], **mapped, **more)
-    except (ValueError, OSError, KeyError, ImportError, SafetensorError) as e:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=DTYPES[loading.dtype],
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # else it raises without a name
+            **mapped,
+            **more,
+        )
+    except Exception as e:  # a folder that is not whole raises nearly anything
         raise GoriError(f"transformers cannot load {folder}: {one_line(e)}") from e
+    finally:
+        speech.set_verbosity(said)
+    model, told = loaded
+    _check_whole(told, folder)
+    teacher = ForeignTeacher(model, tokenizer)
+    _check_tokenizer(teacher, folder)
     if loading.bits == 4:
         to_four_bits(model)
-    return ForeignTeacher(model, tokenizer)
+    return teacher
+
+
+def _check_whole(told: dict[str, Any], folder: Path) -> None:
+    """Refuse a model some of whose tensors transformers filled at random."""
+    if missing := sorted(told["missing_keys"]):
+        raise GoriError(f"{folder} lacks {_first(missing)}, which would be random: copy the whole folder again")
+    if other := sorted(told["mismatched_keys"]):
+        shown = [f"{name} ({tuple(has)}, config.json asks for {tuple(wanted)})" for name, has, wanted in other]
+        raise GoriError(
+            f"{folder} has tensors of other shapes, {_first(shown)}: restore the config.json of its weights"
+        )
+    if unread := sorted(told["unexpected_keys"]):
+        console.log(f"{folder}: its architecture does not read {_first(unread)}")
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more tensors" if len(names) > SHOWN else "")
+
+
+def _check_tokenizer(teacher: ForeignTeacher, folder: Path) -> None:
+    """Refuse a tokenizer without a vocabulary, which transformers makes where its files are missing, or with another
+    model's."""
+    for text in PROBES:
+        ids = teacher.tokenizer(text)["input_ids"]
+        if not ids or max(ids) >= teacher.vocab_size:
+            got = f"token {max(ids)} of a vocabulary of {teacher.vocab_size}" if ids else "no tokens"
+            raise GoriError(
+                f"the tokenizer of {folder} gives {got} for {text!r}: put its tokenizer.json and tokenizer_config.json "
+                "into the folder"
+            )
+
+
+def _template(tokenizer: Any) -> str:
+    """The chat template that rows with tools are written in; empty where there is none."""
+    found = tokenizer.chat_template or ""
+    return found if isinstance(found, str) else found.get("tool_use") or found.get("default") or ""
 
 
 def _need_accelerate(device_map: str) -> None:
@@ -203,7 +265,10 @@ def probe(teacher: ForeignTeacher) -> dict[str, Any]:
     for text in PROBES:
         ids = torch.tensor([teacher.tokenizer(text)["input_ids"]], device=teacher.device)
         everywhere = torch.ones_like(ids, dtype=torch.bool)
-        logits = teacher.logits(ids, everywhere, everywhere).float().cpu()
+        try:
+            logits = teacher.logits(ids, everywhere, everywhere).float().cpu()
+        except Exception as e:  # what its modelling code raises, as where the device lacks an operation
+            raise GoriError(f"the teacher cannot be asked ({one_line(e)}): see its config.json and --dtype") from e
         digest.update(np.ascontiguousarray(logits.numpy()).tobytes())
         value, top = logits[-1].log_softmax(-1).topk(PROBE_IDS)
         texts.append({"ids": ids[0].tolist(), "top": top.tolist(), "logprob": [round(v, 6) for v in value.tolist()]})

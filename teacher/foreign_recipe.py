@@ -34,9 +34,7 @@ def check_teacher(r: Recipe) -> None:
     """GoriError where the teacher, its cache and the student's tokenizer do not go together."""
     finished = r.cache.path if r.cache else None
     if finished:
-        rows = CachedRows(Path(finished))
-        if r.teacher.path:
-            rows.check_origin(teacher=content_hash(Path(r.teacher.path)))
+        _check_finished(r, finished)
     if r.distill.tokenizers and not r.cache:
         raise GoriError(f"distill.tokenizers {r.distill.tokenizers} works through a cache: add a section `cache: {{}}`")
     if not r.teacher.path or not is_imported(Path(r.teacher.path)):
@@ -47,6 +45,31 @@ def check_teacher(r: Recipe) -> None:
             )
         return
     _check_imported(r, Path(r.teacher.path))
+
+
+def _check_finished(r: Recipe, cache: str) -> None:
+    """What a finished cache fixes is not asked for otherwise beside it."""
+    assert r.cache
+    rows, train = CachedRows(Path(cache)), r.distill.train
+    if more := sorted(r.cache.model_fields_set - {"path"}):
+        raise GoriError(
+            f"cache.{more[0]} is for a cache that is made, and cache.path names {cache}: leave out one of them"
+        )
+    asked = {f"distill.train.{k}": getattr(train, k) for k in train.model_fields_set & {"swap_values", "invent_values"}}
+    if r.distill.tokenizers:
+        asked["distill.tokenizers"] = r.distill.tokenizers
+    for key, value in asked.items():
+        made = rows.setting(key.rpartition(".")[2])
+        if value != made:
+            raise GoriError(f"{key} is {value}, and the cache {cache} was made with {made}: leave it out, or set it so")
+    taking = next((k for k in ("init", "control") if getattr(r.distill, k) == "teacher"), None)
+    if taking and not r.teacher.path:
+        raise GoriError(
+            f"distill.{taking} teacher takes a teacher's weights, which the cache {cache} lacks: name its folder as "
+            f"teacher.path, or set distill.{taking} to random"
+        )
+    teacher = content_hash(Path(r.teacher.path)) if r.teacher.path else None
+    rows.check(teacher=teacher, temperature=r.distill.temperature, max_position=r.student.max_position)
 
 
 def _check_imported(r: Recipe, teacher: Path) -> None:

@@ -6,6 +6,7 @@ A trained folder's own log.jsonl holds no times, so that the same run writes the
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,17 +34,25 @@ def peak_flops(given_tflops: float | None) -> tuple[float | None, str]:
 @contextmanager
 def journal(out: Path, peak: float | None, tensorboard: bool) -> Iterator[Callable[[dict[str, float]], None]]:
     """A function that takes each step's entry (with seconds, tokens and flops) and writes it, with its rates, to
-    `logs/NAME.jsonl` beside `out`; only the first rank writes."""
+    `logs/NAME.jsonl` beside `out`; only the first rank writes. Its first step and what follows that in an older run's
+    file are cut off there: a run that begins leaves nothing, one that continues what came before its checkpoint."""
     if not current().first:
         yield lambda _: None
         return
     path = out.parent / "logs" / f"{out.name}.jsonl"
-    board = _board(path.with_suffix("")) if tensorboard else None
+    writer, board = _writer() if tensorboard else None, None
     with os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed below)
+    begun = False
 
     def record(entry: dict[str, float]) -> None:
+        nonlocal begun, board
+        if not begun:
+            with os_errors(path):
+                os.truncate(path, _end_before(path, int(entry["step"])))
+            board = writer(str(path.with_suffix("")), purge_step=int(entry["step"])) if writer else None
+            begun = True
         body = {k: v for k, v in entry.items() if k != "flops"}
         body["tokens_per_second"] = round(entry["tokens"] / entry["seconds"], 1)
         if peak:
@@ -61,9 +70,20 @@ def journal(out: Path, peak: float | None, tensorboard: bool) -> Iterator[Callab
         board.close()
 
 
-def _board(directory: Path) -> Any:
+def _end_before(path: Path, step: int) -> int:
+    """Bytes of the file's lines before a step; a line that was cut off ends them too."""
+    end = 0
+    with open(path, "rb") as file:
+        for line in file:
+            if not line.endswith(b"\n") or json.loads(line)["step"] >= step:
+                break
+            end += len(line)
+    return end
+
+
+def _writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as e:
         raise MissingEngine("train.tensorboard needs the tensorboard package: pip install tensorboard") from e
-    return SummaryWriter(str(directory))
+    return SummaryWriter

@@ -159,8 +159,6 @@ def write_trained(
 
 def train_teacher(section: Teacher, corpus: Corpus, tokenizer_dir: Path, seed: int, out: Path) -> bool:
     """Train the teacher of a recipe into `out`; returns whether it ran."""
-    if section.path:
-        raise GoriError(f"teacher.path {section.path} names a finished teacher: there is nothing to train")
     inputs = {**hashes(corpus), "tokenizer": content_hash(tokenizer_dir)}
     manifest = Manifest("teacher", "teacher", seed, section.model_dump(), inputs)
     manifest.lineage = ancestry({"tokenizer": tokenizer_dir})

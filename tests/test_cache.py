@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +18,11 @@ from gori.artifact import content_hash, hash_files, read_manifest
 from gori.corpus import Corpus, epochs
 from gori.data import Example
 from gori.errors import GoriError
+from gori.recipe import parse
 from gori.teacher import cache as stage
+from gori.teacher import cache_read
 from gori.teacher.cache_read import CachedRows
+from gori.teacher.foreign_recipe import check_teacher
 from gori.tokenizer import Tokenizer
 
 
@@ -165,11 +170,81 @@ def test_a_flipped_bit_is_refused_with_its_place(tmp_path: Path, sampled: Path) 
 
 def test_a_cache_of_another_teacher_or_of_none_is_refused(sampled: Path, teacher: Path, toy_tokenizer: Path) -> None:
     rows = CachedRows(sampled)
-    rows.check_origin(teacher=content_hash(teacher), tokenizer=content_hash(toy_tokenizer))
+    rows.check(teacher=content_hash(teacher), tokenizer=content_hash(toy_tokenizer))
     with pytest.raises(GoriError, match="is of another teacher"):
-        rows.check_origin(teacher=content_hash(toy_tokenizer))
+        rows.check(teacher=content_hash(toy_tokenizer))
+    with pytest.raises(GoriError, match="is of another tokenizer"):
+        rows.check(tokenizer=content_hash(teacher))
     with pytest.raises(GoriError, match=r"has no manifest\.json"):
         CachedRows(toy_tokenizer)
+
+
+def test_a_student_has_the_caches_temperature_and_room_for_its_rows(sampled: Path) -> None:
+    rows = CachedRows(sampled)
+    longest = max(len(e.ids) for n in (0, 1) for e in rows.epoch(n))
+    rows.check(temperature=1.0, max_position=longest)
+    with pytest.raises(GoriError, match=r"cache was made at temperature 1\.0, and distill\.temperature is 2\.0"):
+        rows.check(temperature=2.0)
+    place = (
+        rf"{sampled} has a row of {longest} tokens, and student\.max_position is {longest - 1}: raise it to {longest}"
+    )
+    with pytest.raises(GoriError, match=place):
+        rows.check(max_position=longest - 1)
+
+
+def test_another_training_file_is_told_and_no_error(sampled: Path, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(cache_read.console, "log", said.append)
+    CachedRows(sampled).check(train=content_hash(toy / "train.jsonl"))
+    assert not said
+    CachedRows(sampled).check(train=content_hash(toy / "dev.jsonl"))
+    assert "its rows are used, not data.train's" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("sections", "why"),
+    [
+        ({"cache": {"rounds": 50}}, r"cache\.rounds is for a cache that is made"),
+        ({"distill": {"init": "teacher"}}, r"distill\.init teacher takes a teacher's weights, which the cache"),
+        ({"distill": {"init": "random", "control": "teacher"}}, r"distill\.control teacher takes .* teacher\.path"),
+        ({"distill": {"init": "random", "temperature": 2.0}}, "made at temperature"),
+        ({"distill": {"init": "random", "tokenizers": "align"}}, r"distill\.tokenizers is align, and .* with None"),
+        ({"distill": {"init": "random", "train": {"swap_values": 0.1}}}, r"swap_values is 0\.1, .* made with 0\.5"),
+        ({"student": {"max_position": 16}}, r"student\.max_position is 16"),
+        ({"teacher": {"path": "TOKENIZER"}}, "is of another teacher"),
+        ({"distill": {"init": "random", "train": {"swap_values": 0.5}}}, None),
+        ({"teacher": {"path": "TEACHER"}, "distill": {"init": "teacher"}}, None),
+    ],
+)
+def test_what_a_finished_cache_fixes_is_not_asked_for_otherwise(
+    sampled: Path, teacher: Path, toy_tokenizer: Path, sections: dict[str, dict[str, object]], why: str | None
+) -> None:
+    data = {"train": "a", "dev": "b", "test": "c", "tools": "d"}
+    body = {"name": "n", "data": data, "distill": {"init": "random"}, **sections}
+    body["cache"] = {**sections.get("cache", {}), "path": str(sampled)}
+    if path := {"TOKENIZER": toy_tokenizer, "TEACHER": teacher}.get(str(sections.get("teacher", {}).get("path"))):
+        body["teacher"] = {"path": str(path)}
+    if why is None:
+        check_teacher(parse(body, "recipe"))
+        return
+    with pytest.raises(GoriError, match=why):
+        check_teacher(parse(body, "recipe"))
+
+
+def test_shards_are_copied_where_no_hard_links_are(
+    tmp_path: Path,
+    sampled: Path,
+    teacher: Path,
+    toy_corpus: Corpus,
+    toy_tokenizer: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")  # what FAT and some network shares answer
+
+    monkeypatch.setattr(os, "link", refuse)
+    made = make_cache(teacher, toy_corpus, toy_tokenizer, tmp_path / "cache")
+    assert hash_files(made) == hash_files(sampled)
 
 
 def test_a_teacher_of_fewer_tokens_is_refused(

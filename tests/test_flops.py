@@ -79,6 +79,23 @@ def test_the_live_log_has_rates_and_the_utilisation_of_a_known_peak(tmp_path: Pa
     }  # fmt: skip
 
 
+def test_the_live_log_holds_each_step_of_one_run_once(tmp_path: Path) -> None:
+    def run(steps: range, loss: float) -> list[tuple[int, float]]:
+        with journal(tmp_path / "teacher", None, False) as record:
+            for step in steps:
+                record({"step": step, "loss": loss, "tokens": 30, "flops": 50.0, "seconds": 2.0})
+        lines = (tmp_path / "logs/teacher.jsonl").read_text().splitlines()
+        return [(e["step"], e["loss"]) for e in map(json.loads, lines)]
+
+    assert run(range(1, 13), 1.0) == [(n, 1.0) for n in range(1, 13)]
+    assert run(range(9, 11), 2.0) == [*((n, 1.0) for n in range(1, 9)), (9, 2.0), (10, 2.0)]  # continued at step 8
+    with open(tmp_path / "logs/teacher.jsonl", "a") as file:
+        file.write('{"step": 11, "lo')  # as a kill leaves it
+    assert run(range(11, 12), 3.0)[-2:] == [(10, 2.0), (11, 3.0)]
+    assert len(run(range(12, 12), 4.0)) == 11  # nothing was left to do
+    assert run(range(1, 3), 5.0) == [(1, 5.0), (2, 5.0)]  # begun anew
+
+
 def test_tensorboard_is_asked_for_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(GoriError, match="needs the tensorboard package: pip install tensorboard"):  # noqa: SIM117

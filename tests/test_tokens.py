@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from gori.artifact import hash_files, read_manifest
 from gori.calls import END
-from gori.data import encode, read_conversations
+from gori.data import collate, encode, read_conversations
 from gori.errors import GoriError
 from gori.teacher.workers import split
 from gori.tokenizer import Tokenizer
-from gori.tokens import INDEX, Tokens, shuffled, write_tokens
+from gori.tokens import INDEX, Ids, Tokens, shuffled, write_tokens
 
 BOOK = "서울역 가자\ntake me to Pier 39\n\n하늘이 왜 파래?\n" * 9
 
@@ -64,7 +64,8 @@ def test_every_token_but_a_shards_first_and_its_rest_is_a_target_once_an_epoch(s
     whole = stored(shards)
     parts = [whole[i : i + 100] for i in range(0, len(whole), 100)]
     assert targets == [i for p in parts for i in p[1 : 1 + (len(p) - 1) // 16 * 16]]
-    assert isinstance(data[0].ids, np.memmap)  # a view: nothing is read before it is used
+    assert isinstance(data[0].ids, Ids)
+    assert isinstance(data[0].ids.view, np.memmap)  # nothing is read before it is used
     assert all(np.all(data[n].loss) for n in range(len(data)))
 
 
@@ -115,10 +116,29 @@ def test_what_cannot_be_used_is_refused_with_its_mend(shards: Path, toy_tokenize
     (tmp_path / "bytes.txt").write_bytes(b"fine\n\xff\n")
     with pytest.raises(GoriError, match=r"bytes\.txt line 2: byte 0xff is not UTF-8"):
         write_tokens([tmp_path / "bytes.txt"], toy_tokenizer, tmp_path / "x", 100)
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n\n')
+    nothing = [tmp_path / "empty.txt", tmp_path / "empty.jsonl"]
+    with pytest.raises(GoriError, match=r"empty\.txt, .*empty\.jsonl: no text in it"):
+        write_tokens(nothing, toy_tokenizer, tmp_path / "x", 100)
+    write_tokens([*nothing, tmp_path / "book.txt"], toy_tokenizer, tmp_path / "x", 100)
+    write_tokens([tmp_path / "book.txt"], toy_tokenizer, tmp_path / "y", 100)
+    assert stored(tmp_path / "x") == stored(tmp_path / "y")
     path = next(shards.glob("*.bin"))
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(GoriError, match="is not the file that was written"):
         Tokens(shards, 16)
+
+
+def test_an_id_beyond_the_vocabulary_is_refused_where_its_sequence_is_read(shards: Path) -> None:
+    path = shards / "tokens-00000.bin"
+    ids = np.fromfile(path, "<u2")
+    ids[40] = 360  # the vocabulary has 360
+    ids.tofile(path)
+    data = Tokens(shards, 16)
+    assert collate([data[0], data[1]], 0).ids.max() < 360
+    with pytest.raises(GoriError, match=rf"{path} holds token 360, its vocabulary has 360"):
+        collate([data[1], data[2]], 0)
 
 
 def test_a_teacher_trains_on_them_through_the_command_line(
@@ -131,6 +151,7 @@ def test_a_teacher_trains_on_them_through_the_command_line(
         "data": {k: str(toy / f"{k}.jsonl") for k in ("train", "dev", "test")} | {"tools": str(toy / "tools.json")},
         "tokenizer": {"vocab_size": 360},
         "teacher": {**shape, "experts": 2, "train": train},
+        "distill": {"init": "random"},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(body))
     (tmp_path / "book.txt").write_text(BOOK, encoding="utf-8")
