@@ -296,7 +296,7 @@ def run_recipe(
     return summary
 
 
-def check(recipe: Recipe, until: str) -> None:
+def check(recipe: Recipe, until: str = "report") -> None:
     """Refuse before anything is trained what a later stage would refuse."""
     from gori.distill.checks import check_recipe
     from gori.export.weights import check_scheme
