@@ -160,7 +160,9 @@ def main() -> None:
                 print(f"{name}: failed with {done.returncode}: {done.stderr.strip()[-300:]}")
                 continue
             results[name].append(json.loads(done.stdout.splitlines()[-1]))
-    reference = results.get("plain") or next(iter(results.values()))
+    reference = next((rows for rows in results.values() if rows), None)
+    if reference is None:
+        sys.exit("nothing was measured")
     middle = lambda rows, key: statistics.median(r[key] for r in rows)  # noqa: E731
     print(f"{a.tokens} tokens, {a.vocabulary} entries, widths {a.width} and {a.teacher_width}, one thread")
     print("| variant | seconds | × | extra MiB | share | loss | gradient |\n|---|---|---|---|---|---|---|")
