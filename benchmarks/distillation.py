@@ -29,7 +29,8 @@ from gori.recipe import Cache, Distill, Recipe, Student, parse
 
 SHAPE = {"layers": 4, "hidden_size": 128, "heads": 4, "kv_heads": 4, "head_dim": 32}
 TEACHER = {**SHAPE, "experts": 8, "experts_per_token": 2, "intermediate_size": 192}
-STUDENT = {**SHAPE, "layers": 3, "intermediate_size": 192}
+STUDENT = {**SHAPE, "intermediate_size": 144}
+"""As deep as its teacher: one that drops a layer loses the copying circuit with it (docs/distillation.md)."""
 DENSE_WIDTH = 384
 """MLP of the dense teacher: as many active parameters as the mixture, so as much compute a token."""
 RATES = {
