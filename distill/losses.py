@@ -45,6 +45,14 @@ def check_terms(weights: Mapping[str, float]) -> None:
         raise GoriError(f"losses of {', '.join(weights)} teach no answer: give ce or a divergence a weight beside them")
 
 
+def check_sparse(weights: Mapping[str, float]) -> None:
+    """Refuse divergences that need every probability of the teacher, where a few entries are known."""
+    if unknown := [k for k in divergences_of(k for k, w in weights.items() if w) if k != "forward_kl"]:
+        raise GoriError(
+            f"loss term {unknown[0]} needs the whole distribution: of a cached teacher take forward_kl or ce"
+        )
+
+
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -229,10 +237,7 @@ def sparse_loss(
     """
     check_terms(weights)
     kept = {k: float(w) for k, w in weights.items() if w and parse(k)[0] not in STATES}
-    if unknown := [k for k in divergences_of(kept) if k != "forward_kl"]:
-        raise GoriError(
-            f"loss term {unknown[0]} needs the whole distribution: of a cached teacher take forward_kl or ce"
-        )
+    check_sparse(kept)
     given = soft_weights.to(_wide(hidden.dtype))
     known = lambda rows: (soft_ids[rows], given[rows])  # noqa: E731
     return _total(hidden, head, targets, kept, temperature, chunk, compiled, "topk" if tail else "sample", known)

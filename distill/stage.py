@@ -17,10 +17,10 @@ from gori import checkpoint
 from gori.artifact import Manifest, ancestry, content_hash, make, read_manifest
 from gori.calls import END, PAD
 from gori.corpus import Corpus, hashes
-from gori.data import encode, prompt_ids
+from gori.data import Conversation, encode, prompt_ids
 from gori.distill import unlabelled
 from gori.distill.basis import basis_of, observe
-from gori.distill.checks import check
+from gori.distill.checks import check, on_the_way
 from gori.distill.divergences import STATES, parse
 from gori.distill.initialise import Taken, from_teacher
 from gori.distill.objective import (
@@ -94,7 +94,7 @@ def train_student(
             return False  # only planned: what follows would run too
     for i, step in enumerate(distill.progressive, 1):
         way = replace(places, out=out.with_name(f"{out.name}-{i}"))
-        larger = student.model_copy(update=step.model_dump(exclude={"steps"}))
+        larger = on_the_way(student, step)
         update = {"train": distill.train.model_copy(update={"steps": step.steps}), "pairs": None, "progressive": []}
         _train("distill", larger, _taking(distill, way).model_copy(update=update), way)
         if not way.out.exists():
@@ -162,7 +162,7 @@ def _train(stage: str, student: Student, distill: Distill, places: Places) -> bo
 
     def build(tmp: Path) -> None:
         labelled = places.corpus.train[: distill.labelled_rows]
-        sample = calibration(replace(places.corpus, train=labelled), tokenizer)
+        sample = calibration(labelled, tokenizer) if {"teacher", "source"} & directories.keys() else []
         teacher = load_teacher(places.teacher, tokenizer) if "teacher" in directories else None
         source = load_teacher(places.source, tokenizer) if places.source else teacher
         model, taken = first_weights(student, distill, source, sample, tokenizer, places.seed)
@@ -272,6 +272,6 @@ def _told(directory: Path) -> dict[str, Any]:
     return {"directory": directory.name, "content": content_hash(directory), **told}
 
 
-def calibration(corpus: Corpus, tokenizer: Tokenizer) -> list[Tensor]:
+def calibration(rows: Sequence[Conversation], tokenizer: Tokenizer) -> list[Tensor]:
     """Token ids of some training rows, one row a tensor."""
-    return [torch.tensor([encode(c, tokenizer).ids]) for c in corpus.train[:CALIBRATION_ROWS]]
+    return [torch.tensor([encode(c, tokenizer).ids]) for c in rows[:CALIBRATION_ROWS]]

@@ -169,16 +169,21 @@ def rendered(value: Any) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON with a final newline, atomically."""
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file atomically: whole, or not at all."""
     tmp = path.with_name(f".{path.name}.writing")
     with os_errors(path):
         try:
-            tmp.write_text(rendered(value), encoding="utf-8")
+            tmp.write_bytes(data)
             os.replace(tmp, path)
         except OSError:
             tmp.unlink(missing_ok=True)
             raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with a final newline, atomically."""
+    write_whole(path, rendered(value).encode())
 
 
 def read_bytes(path: Path) -> bytes:
@@ -360,11 +365,7 @@ def planning() -> Iterator[list[bool]]:
 
 
 def make(
-    out: Path,
-    manifest: Manifest,
-    build: Callable[[Path], None],
-    scratch: Path | None = None,
-    by_all: bool = False,
+    out: Path, manifest: Manifest, build: Callable[[Path], None], scratch: Path | None = None, by_all: bool = False
 ) -> bool:
     """Run a stage unless `out` already holds what it would write; returns whether it ran.
 

@@ -7,7 +7,6 @@ of how candidates were made.
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 
 import jinja2
 
-from gori.artifact import os_errors, write_json
+from gori.artifact import os_errors, write_json, write_whole
 from gori.quantize import svg
 from gori.quantize.budget import Budget
 from gori.quantize.pareto import (
@@ -100,17 +99,10 @@ def write(out: Path, rows: Sequence[Row], budget: Budget | None, meta: Mapping[s
     with os_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         # a byte-order mark: without it Excel takes UTF-8 for the system's code page
-        _replace(out / "table.csv", csv_text(rows, budget), "utf-8-sig")
-        _replace(out / "report.html", page, "utf-8")
+        write_whole(out / "table.csv", csv_text(rows, budget).encode("utf-8-sig"))
+        write_whole(out / "report.html", page.encode())
     write_json(out / "table.json", body)
     return body
-
-
-def _replace(path: Path, text: str, encoding: str) -> None:
-    """A reader sees the old file or the new one."""
-    tmp = path.with_name(f".{path.name}.writing")
-    tmp.write_text(text, encoding=encoding, newline="")
-    os.replace(tmp, path)
 
 
 def table(rows: Sequence[Row], budget: Budget | None, meta: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from gori import console
-from gori.artifact import Manifest, ancestry, content_hash, make, os_errors, write_json
+from gori.artifact import Manifest, ancestry, content_hash, make, os_errors, write_json, write_whole
 from gori.calls import Function
 from gori.corpus import Corpus, hashes, spoken
 from gori.data import Conversation, Example, bucketed, collate
@@ -269,11 +269,8 @@ def _on_cluster(work: Work, address: str) -> Any:
 
 def _write(scratch: Path, part: Part, data: bytes, entry: dict[str, Any]) -> None:
     """The shard, then its entry, each whole or not at all: a shard counts from its entry on."""
-    for path, content in ((scratch / part.name, data), (scratch / f"{part.name}.json", json.dumps(entry).encode())):
-        tmp = path.with_name(f"{path.name}.writing")
-        with os_errors(path):
-            tmp.write_bytes(content)
-            os.replace(tmp, path)
+    write_whole(scratch / part.name, data)
+    write_json(scratch / f"{part.name}.json", entry)
 
 
 def _done(scratch: Path, part: Part) -> bool:

@@ -183,7 +183,7 @@ FILES = {"files": ["x.txt"]}
         ({"width": "pca"}, False, "needs a head of its own"),
         ({"layers": [0], "progressive": [{"layers": 1, "hidden_size": 8, "intermediate_size": 8, "steps": 1}]}, False,
          "takes another student's"),
-        ({"losses": {"reverse_kl": 1.0}}, True, "reverse_kl needs all probabilities"),
+        ({"losses": {"reverse_kl": 1.0}}, True, "reverse_kl needs the whole distribution: of a cached teacher"),
         ({"on_policy": {"start": 0.4}, "teacher_until": 0.4}, False, "heard until distill.teacher_until 0.4"),
         ({"init": "random", "depth": "influence"}, False, "distill.depth says how weights are taken"),
         ({"pairs": [(1, 1)]}, False, "compared by hidden, cosine and attention"),

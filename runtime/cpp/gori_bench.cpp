@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "gori.h"
 #include "model.h"
 
 namespace {
@@ -109,7 +110,7 @@ size_t likeliest(const float* logits, size_t count) {
 void bench(const Arguments& a) {
   namespace fs = std::filesystem;
   const std::string file = fs::is_directory(a.artifact) ? a.artifact + "/model.pte" : a.artifact;
-  if (!fs::is_regular_file(file)) throw gori::Error(1, file + " does not exist: name an artifact of `gori export`");
+  if (!fs::is_regular_file(file)) throw gori::Error(GORI_ERROR_FILE, file + " does not exist: name an artifact of `gori export`");
   const double before = memory("VmRSS:");
   std::unique_ptr<gori::Model> model;
   const double load = took([&] { model = std::make_unique<gori::Model>(file, a.threads); });
