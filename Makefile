@@ -35,8 +35,10 @@ runner: setup
 	cmake --build $(RUNNER) --parallel
 	ln -sf runner/gori-call runner/gori-bench runner/libgori.so build/
 
+# two processes of one thread each; TESTS_AT_ONCE=0 runs them in one
+TESTS_AT_ONCE ?= 2
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(TESTS_AT_ONCE) --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

@@ -30,7 +30,7 @@ from gori.recipe import Cache, Distill, Recipe, Student, parse
 SHAPE = {"layers": 4, "hidden_size": 128, "heads": 4, "kv_heads": 4, "head_dim": 32}
 TEACHER = {**SHAPE, "experts": 8, "experts_per_token": 2, "intermediate_size": 192}
 STUDENT = {**SHAPE, "intermediate_size": 144}
-"""As deep as its teacher: one that drops a layer loses the copying circuit with it (docs/distillation.md)."""
+SHALLOW = {"layers": 3}
 DENSE_WIDTH = 384
 """MLP of the dense teacher: as many active parameters as the mixture, so as much compute a token."""
 RATES = {
@@ -55,7 +55,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "random+KD cached": {"init": "random", **KD, "cached": True},
     "init+KD by output": {**KD, "experts": {"score": "output"}},
     "init+KD merged": {**KD, "experts": {"how": "merge"}},
-    "init+KD influence": {**KD, "depth": "influence"},
+    "shallow random+KD": {"init": "random", **KD, "student": SHALLOW},
+    "shallow init+KD even": {**KD, "depth": "even", "student": SHALLOW},
+    "shallow init+KD influence": {**KD, "depth": "influence", "student": SHALLOW},
+    "shallow init+KD perplexity": {**KD, "depth": "perplexity", "student": SHALLOW},
     "init+KD hidden": {"losses": {**KD["losses"], "hidden": 0.1}},
     "init+KD attention": {"losses": {**KD["losses"], "attention": 0.1}},
     "init+jsd": {"losses": {"jsd@0.3": 0.5, "ce": 0.5}},

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from gori.distill.basis import Seen, Width, basis_of, norm_scale, observe
+from gori.distill.depth import Depth, Dropped, evenly_spaced, least_missed, most_influential
 from gori.distill.experts import How, Score, dense_neurons
 from gori.errors import GoriError
 from gori.model import MLP, Block, Decoder, ModelConfig
 from gori.norm import RMSNorm
-
-Depth = Literal["even", "influence"]
 
 
 @dataclass(frozen=True)
@@ -33,24 +31,6 @@ class Taken:
     """[D', D]: the student's residual stream is the teacher's times it."""
 
 
-def evenly_spaced(count: int, total: int) -> list[int]:
-    """`count` of `total` layers, first and last among them: 3 of 5 → [0, 2, 4]."""
-    if count > total:
-        raise GoriError(f"a student of {count} layers cannot be initialised from a teacher of {total}: use init random")
-    if count == 1:
-        return [0]
-    return [round(i * (total - 1) / (count - 1)) for i in range(count)]
-
-
-def chosen_layers(count: int, seen: Seen, depth: Depth) -> list[int]:
-    """The teacher's layers that a student of `count` layers takes, in their order."""
-    total = len(seen.influence)
-    even = evenly_spaced(count, total)
-    if depth == "even":
-        return even
-    return sorted(sorted(range(total), key=lambda i: -seen.influence[i])[:count])
-
-
 @torch.no_grad()
 def from_teacher(
     student: Decoder,
@@ -62,18 +42,27 @@ def from_teacher(
     width: Width = "importance",
     score: Score = "use",
     how: How = "select",
+    answers: Sequence[Tensor] = (),
 ) -> Taken:
     """Fill the student in place.
 
-    calibration: token ids int64 `[B, T]`, unpadded. `layers`: the teacher layers to take, in place of what `depth`
-    chooses. With width "pca" every norm's scale goes into the matrices that read it and the stream is turned, which
-    changes nothing as long as no dimension is left out; a tied head cannot take the last norm's scale.
+    calibration: token ids int64 `[B, T]`, unpadded; answers: bool `[B, T]`, those whose loss counts in `perplexity`,
+    none: all. `layers`: the teacher layers to take, in place of what `depth` chooses. With width "pca" every norm's
+    scale goes into the matrices that read it and the stream is turned, which changes nothing as long as no dimension is
+    left out; a tied head cannot take the last norm's scale.
     """
     if width == "pca" and student.cfg.tied:
         raise GoriError("width pca needs a head of its own: set student.tied to false, or take width importance")
     seen = observe(teacher, calibration, width)
-    layers = list(layers) if layers else chosen_layers(student.cfg.layers, seen, depth)
     check_shapes(student.cfg, teacher.cfg, layers)
+    left_out: list[Dropped] = []
+    if layers is None and depth == "perplexity":
+        left_out = least_missed(teacher, student.cfg.layers, calibration, answers)
+        layers = sorted(set(range(teacher.cfg.layers)) - {d.layer for d in left_out})
+    elif layers is None and depth == "influence":
+        layers = most_influential(student.cfg.layers, seen.influence)
+    elif layers is None:
+        layers = evenly_spaced(student.cfg.layers, teacher.cfg.layers)
     basis = basis_of(seen, student.cfg.hidden_size, width)
     copy = _Copy(basis, width == "pca", seen)
     student.embed_tokens.weight.copy_(_weight(teacher.embed_tokens) @ basis)  # type: ignore[union-attr,operator]
@@ -95,8 +84,12 @@ def from_teacher(
             copy.norm(getattr(target, name), getattr(old, name), f"layers.{source}.{name}")
         report.append({"teacher_layer": source, "groups": groups, **taken})
     influence = [round(i, 4) for i in seen.influence]
-    head = {"hidden_dimensions": student.cfg.hidden_size, "of": teacher.cfg.hidden_size, "block_influence": influence}
-    return Taken({**head, "layers": report}, layers, basis)
+    found = {"hidden_dimensions": student.cfg.hidden_size, "of": teacher.cfg.hidden_size, "block_influence": influence}
+    if left_out:
+        found["left_out"] = [
+            {"layer": d.layer, "loss_without": {i: round(loss, 4) for i, loss in d.losses.items()}} for d in left_out
+        ]
+    return Taken({**found, "layers": report}, list(layers), basis)
 
 
 @dataclass(frozen=True)

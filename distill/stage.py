@@ -59,6 +59,16 @@ class Places:
     """The teacher's answers to unlabelled requests."""
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Calibration rows, one a tensor `[1, T]`."""
+
+    ids: list[Tensor]
+    """int64"""
+    answers: list[Tensor]
+    """bool: the tokens of the assistant's answers."""
+
+
 def load_teacher(directory: Path, tokenizer: Tokenizer) -> Decoder:
     """A teacher folder whose tokenizer is the student's."""
     teacher = checkpoint.load(directory)
@@ -162,7 +172,7 @@ def _train(stage: str, student: Student, distill: Distill, places: Places) -> bo
 
     def build(tmp: Path) -> None:
         labelled = places.corpus.train[: distill.labelled_rows]
-        sample = calibration(labelled, tokenizer) if {"teacher", "source"} & directories.keys() else []
+        sample = calibration(labelled, tokenizer) if {"teacher", "source"} & directories.keys() else Sample([], [])
         teacher = load_teacher(places.teacher, tokenizer) if "teacher" in directories else None
         source = load_teacher(places.source, tokenizer) if places.source else teacher
         model, taken = first_weights(student, distill, source, sample, tokenizer, places.seed)
@@ -173,7 +183,7 @@ def _train(stage: str, student: Student, distill: Distill, places: Places) -> bo
             loss = cached_loss(distill.losses, distill.temperature, until, tail=cached.tail, compiled=compiled)
         elif living:
             assert teacher is not None
-            inside = _inside(distill, model, teacher, None if places.source else taken, sample)
+            inside = _inside(distill, model, teacher, None if places.source else taken, sample.ids)
             loss = _living(distill, teacher.to(device()), inside, places, tokenizer, student.max_position)
         rows, more = labelled, {}
         if distill.unlabelled and places.answers:
@@ -209,7 +219,7 @@ def first_weights(
     student: Student,
     distill: Distill,
     source: Decoder | None,
-    sample: Sequence[Tensor],
+    sample: Sample,
     tokenizer: Tokenizer,
     seed: int,
 ) -> tuple[Decoder, Taken | None]:
@@ -221,8 +231,9 @@ def first_weights(
     # queries and keys are turned as the source turns its own
     cfg = replace(cfg, rope_theta=source.cfg.rope_theta, rope_scaling=source.cfg.rope_scaling)
     model = fresh(cfg, False, seed + 1)  # every weight is taken
-    d, e = distill, distill.experts
-    return model, from_teacher(model, source, sample, d.layers, depth=d.depth, width=d.width, score=e.score, how=e.how)
+    d = distill
+    ways: dict[str, Any] = {"depth": d.depth, "width": d.width, **d.experts.model_dump()}
+    return model, from_teacher(model, source, sample.ids, d.layers, answers=sample.answers, **ways)
 
 
 def _inside(
@@ -272,6 +283,7 @@ def _told(directory: Path) -> dict[str, Any]:
     return {"directory": directory.name, "content": content_hash(directory), **told}
 
 
-def calibration(rows: Sequence[Conversation], tokenizer: Tokenizer) -> list[Tensor]:
-    """Token ids of some training rows, one row a tensor."""
-    return [torch.tensor([encode(c, tokenizer).ids]) for c in rows[:CALIBRATION_ROWS]]
+def calibration(rows: Sequence[Conversation], tokenizer: Tokenizer) -> Sample:
+    """Some training rows."""
+    examples = [encode(c, tokenizer) for c in rows[:CALIBRATION_ROWS]]
+    return Sample([torch.tensor([e.ids]) for e in examples], [torch.tensor([e.loss]) for e in examples])

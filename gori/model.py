@@ -204,8 +204,8 @@ def expert_rows(x_AD: Tensor, ends_E: Tensor, gate_up: Tensor, down: Tensor) -> 
 class MoE(nn.Module):
     """Top-k mixture of SwiGLU experts; the router's softmax is in float32 (Qwen3-MoE).
 
-    After a forward pass in training mode `balance_loss` holds Switch's auxiliary loss (arXiv 2101.03961, eq. 4, over
-    all top-k choices; 1.0 is perfect balance) and `load_E` the share of assignments that each expert got.
+    After a forward pass in training mode `routed_2E` holds how many tokens each expert was chosen for, and its
+    probabilities summed over tokens (`Decoder.balance`).
     """
 
     def __init__(self, cfg: ModelConfig) -> None:
@@ -213,10 +213,7 @@ class MoE(nn.Module):
         self.cfg = cfg
         self.gate = nn.Linear(cfg.hidden_size, cfg.experts, bias=False)
         self.experts = Experts(cfg)
-        self.balance_loss: Tensor | None = None
-        self.load_E: Tensor | None = None
-        self.over_ranks: Callable[[Tensor], Tensor] | None = None
-        """Where a batch is divided over processes: a differentiable sum over all of them."""
+        self.routed_2E: Tensor | None = None
 
     def forward(self, x_BTD: Tensor, valid_BT: Tensor | None = None) -> Tensor:
         x_ND = x_BTD.flatten(0, 1)
@@ -231,21 +228,15 @@ class MoE(nn.Module):
         token_A = order_A // self.cfg.experts_per_token
         y_AD = self.experts(x_ND[token_A], ends_E) * weight_Nk.flatten()[order_A].to(x_ND.dtype).unsqueeze(1)
         if self.training:
-            self._measure_load(probs_NE, expert_Nk, valid_BT)
+            self.routed_2E = self._routed(probs_NE, expert_Nk, valid_BT)
         return torch.zeros_like(x_ND).index_add(0, token_A, y_AD.to(x_ND.dtype)).view_as(x_BTD)
 
-    def _measure_load(self, probs_NE: Tensor, expert_Nk: Tensor, valid_BT: Tensor | None) -> None:
+    def _routed(self, probs_NE: Tensor, expert_Nk: Tensor, valid_BT: Tensor | None) -> Tensor:
         if valid_BT is not None:
             keep = valid_BT.flatten()
             probs_NE, expert_Nk = probs_NE[keep], expert_Nk[keep]
-        load = torch.bincount(expert_Nk.flatten(), minlength=self.cfg.experts).float()
-        probs = probs_NE.sum(0)
-        if self.over_ranks is not None:
-            load, probs = self.over_ranks(torch.cat((load, probs))).chunk(2)
-            load = load.detach()
-        self.load_E = load / load.sum()
-        tokens = load.sum() / self.cfg.experts_per_token
-        self.balance_loss = self.cfg.experts * (self.load_E * (probs / tokens)).sum()
+        load_E = torch.bincount(expert_Nk.flatten(), minlength=self.cfg.experts).float()
+        return torch.stack((load_E, probs_NE.sum(0)))
 
 
 class Block(nn.Module):
@@ -309,6 +300,8 @@ class Decoder(nn.Module):
         if not cfg.tied:
             self.lm_head: nn.Module = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
         self.register_buffer("rope_freq", rope_frequencies(cfg), persistent=False)
+        self.over_ranks: Callable[[Tensor], Tensor] | None = None
+        """Where a batch is divided over processes: a differentiable sum over all of them."""
 
     def initialise(self, generator: torch.Generator) -> Decoder:
         """Fill every matrix from N(0, init_std), those that write to the residual stream scaled by 1/sqrt(2 layers)."""
@@ -335,10 +328,10 @@ class Decoder(nn.Module):
         states: list[Tensor] | None = None,
     ) -> Tensor:
         """Normed last hidden states `[B, T, D]`. Padding may only stand at the right; `valid_BT` (bool) marks the rest
-        and matters to the experts' balance loss alone. With a cache, its length is the first position.
+        and matters to the experts' balance alone. With a cache, its length is the first position.
 
         With `wanted_BT` (bool) only those positions, `[wanted, D]`: the last block's MLP is computed for no others, and
-        its balance loss counts those of them that are valid. `states` gets what enters each layer, `[B, T, D]`.
+        the experts' balance counts those of them that are valid. `states` gets what enters each layer, `[B, T, D]`.
         """
         start, T = (cache.length if cache else 0), ids_BT.shape[1]
         positions = torch.arange(start, start + T, device=ids_BT.device).unsqueeze(0)
@@ -374,6 +367,21 @@ class Decoder(nn.Module):
 
     def moe_layers(self) -> list[MoE]:
         return [m for m in self.modules() if isinstance(m, MoE)]
+
+    def balance(self) -> tuple[Tensor, Tensor] | None:
+        """Of the last forward pass in training mode: Switch's auxiliary loss (arXiv 2101.03961, eq. 4, over all top-k
+        choices; 1.0 is perfect balance), the mean over mixtures, and the share of its layer's assignments that each
+        expert got `[mixtures, E]`. None without mixtures. Ranks meet here once for all layers."""
+        routed = [m.routed_2E for m in self.moe_layers() if m.routed_2E is not None]
+        if not routed:
+            return None
+        losses, loads = [], []
+        for load_E, probs_E in torch.stack(routed) if self.over_ranks is None else self.over_ranks(torch.stack(routed)):
+            share_E = load_E.detach() / load_E.detach().sum()
+            tokens = load_E.detach().sum() / self.cfg.experts_per_token
+            losses.append(self.cfg.experts * (share_E * (probs_E / tokens)).sum())
+            loads.append(share_E)
+        return torch.stack(losses).mean(), torch.stack(loads)
 
 
 def parameter_count(model: nn.Module) -> int:

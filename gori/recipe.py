@@ -180,8 +180,8 @@ class Distill(Section):
     init: Literal["teacher", "random"] = "teacher"
     layers: list[int] | None = None
     """Teacher layers that the student takes; null: as `depth` says."""
-    depth: Literal["even", "influence"] = "even"
-    """Layers evenly spaced, or those that change the residual stream most."""
+    depth: Literal["perplexity", "even", "influence"] = "even"
+    """Layers that the teacher misses most, evenly spaced ones, or those that change the residual stream most."""
     width: Literal["importance", "pca"] = "importance"
     """Dimensions of the residual stream that are used most, or its principal directions (needs an untied head)."""
     experts: Experts = Experts()

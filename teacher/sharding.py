@@ -30,7 +30,9 @@ Item = TypeVar("Item")
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 WHOLE_BYTES = 4 << 30
-"""A decoder that is evaluated whole on every rank has at most so many bytes of weights."""
+"""A decoder of at most so many bytes stays whole on every rank from a forward pass to the end of its backward pass,
+which spares the ranks a second meeting at every block (ZeRO, arXiv 1910.02054: stage 2, not 3); it is evaluated whole.
+"""
 
 
 class DividedExperts(Experts):
@@ -85,12 +87,14 @@ class Sharded:
         everyone = init_device_mesh(kind, (world,))
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
         experts = _divide_experts(model, kind, world, expert_parallel) if expert_parallel > 1 else None
-        for moe in model.moe_layers():
-            moe.over_ranks = partial(collectives.all_reduce, reduceOp="sum", group=everyone.get_group())
-            if experts is not None:
-                fully_shard(moe.experts, mesh=experts, mp_policy=policy, shard_placement_fn=lambda _: Shard(1))
-        for block in model.layers:
-            fully_shard(block, mesh=everyone, mp_policy=policy)
+        model.over_ranks = partial(collectives.all_reduce, reduceOp="sum", group=everyone.get_group())
+        small = _bytes(model) <= WHOLE_BYTES
+        more: dict[str, Any] = {"mp_policy": policy, "reshard_after_forward": not small}
+        for moe in model.moe_layers() if experts is not None else ():
+            fully_shard(moe.experts, mesh=experts, shard_placement_fn=lambda _: Shard(1), **more)
+        # a GPU computes one block while it gathers the next; CPUs only wait for each other
+        for block in () if small and kind == "cpu" else model.layers:
+            fully_shard(block, mesh=everyone, **more)
         fully_shard(model, mesh=everyone, mp_policy=policy)
         model.to(kind)  # buffers; fully_shard moved the parameters, one block at a time
         register_fsdp_forward_method(model, "hidden")
@@ -166,20 +170,22 @@ def by_ranks(model: Decoder, rows: Sequence[Item], work: Callable[[Sequence[Item
     """
     blocks = [m for m in model.modules() if isinstance(m, FSDPModule)]
     divided = any(isinstance(m, DividedExperts) for m in model.modules())
-    apart = not divided and sum(p.numel() * p.element_size() for p in model.parameters()) <= WHOLE_BYTES
+    apart = not divided and _bytes(model) <= WHOLE_BYTES
     if apart:
         for m in blocks:
             m.unshard()
-            m.set_reshard_after_forward(False, recurse=False)
         parts = [*split(rows, dist.get_world_size()), *([()] * dist.get_world_size())]
         found = [r for some in gathered(work(parts[dist.get_rank()])) for r in some]
     else:
         found = work(rows)
     for m in blocks:
-        if apart and m is not model:  # the root's weights are also the head's, after its forward pass
-            m.set_reshard_after_forward(True, recurse=False)
         m.reshard()
     return found
+
+
+def _bytes(model: Decoder) -> int:
+    """Of all ranks' weights."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

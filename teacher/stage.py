@@ -61,11 +61,10 @@ def answer_loss(balance: float) -> Loss:
     def loss(model: Decoder, batch: TrainBatch) -> tuple[Tensor, dict[str, float]]:
         ce = F.cross_entropy(model.logits(batch.answer_hidden(model)).float(), batch.targets)
         entry = {"loss": round(ce.item(), 5)}
-        moes = model.moe_layers()
-        if not moes:
+        found = model.balance()
+        if found is None:
             return ce, entry
-        loads = torch.stack([m.load_E for m in moes if m.load_E is not None])
-        aux = torch.stack([m.balance_loss for m in moes if m.balance_loss is not None]).mean()
+        aux, loads = found
         entry |= {"load_max": round(loads.max().item(), 4), "load_min": round(loads.min().item(), 4)}
         return ce + balance * aux, entry
 

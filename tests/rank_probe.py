@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from gori.data import Example
 from gori.errors import GoriError
 from gori.model import Decoder, ModelConfig
 from gori.ranks import barrier, current, joined
+from gori.teacher import sharding
 from gori.teacher.sharding import whole_tensors
 from gori.teacher.stage import answer_loss
 from gori.teacher.train import Loss, Progress, TrainBatch, TrainSettings, fit
@@ -39,6 +41,7 @@ CASES: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
     "experts": (MOE, {"expert_parallel": 2}),
     "experts over all": (MOE, {"expert_parallel": 4}),
     "experts at once": (MOE, {"expert_parallel": 2, "accumulate": 2, "recompute": True}),
+    "resharded": (MOE, {"whole_bytes": 0}),
     "bf16": (DENSE, {"precision": "bf16"}),
 }
 
@@ -65,6 +68,8 @@ def train_case(
     `alone`: in one process its experts are not divided.
     """
     cfg, own = CASES[case]
+    own = dict(own)
+    whole_bytes = own.pop("whole_bytes", sharding.WHOLE_BYTES)
     settings = dataclasses.replace(SETTINGS, **own, **changes)
     if alone and current().world == 1:
         settings = dataclasses.replace(settings, expert_parallel=1)
@@ -73,10 +78,11 @@ def train_case(
     model = Decoder(cfg).initialise(torch.Generator().manual_seed(0))
     for moe in model.moe_layers():  # a router that is sure: rounding then changes no token's experts
         moe.gate.weight.data.mul_(10)
-    done = fit(
-        model, examples, cut(answer_loss(0.05), cut_after, settings.accumulate), settings, seed=1, pad=0, label=case,
-        state=state, evaluate=evaluate, fingerprint=case,
-    )  # fmt: skip
+    with mock.patch.object(sharding, "WHOLE_BYTES", whole_bytes):
+        done = fit(
+            model, examples, cut(answer_loss(0.05), cut_after, settings.accumulate), settings, seed=1, pad=0,
+            label=case, state=state, evaluate=evaluate, fingerprint=case,
+        )  # fmt: skip
     return dict(whole_tensors(model)), done
 
 

@@ -6,6 +6,7 @@ Both are called by ctypes. What needs a compiler, CMake or ExecuTorch is skipped
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -104,15 +105,21 @@ def build(*, sanitize: str = SANITIZE, tests: bool = False) -> Path:
     sources = [*SOURCES.iterdir(), *((ROOT / "tests" / "cpp").iterdir() if tests else ())]
     wanted = [out / n for n in ("libgori.so", "gori-call", *(("gori-stress", "gori-allocations") if tests else ()))]
     newest = max(s.stat().st_mtime for s in sources)
-    if all(w.exists() and w.stat().st_mtime >= newest for w in wanted):
-        return out
-    how = [f"-DEXECUTORCH_ROOT={next(iter(found.submodule_search_locations))}", f"-DGORI_SANITIZE={sanitize}"]
+    out.parent.mkdir(exist_ok=True)
+    with out.with_name(f".{out.name}.lock").open("w") as lock:  # of several test processes one builds
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if any(not w.exists() or w.stat().st_mtime < newest for w in wanted):
+            _compile(out, Path(next(iter(found.submodule_search_locations))), sanitize, tests)
+    return out
+
+
+def _compile(out: Path, executorch: Path, sanitize: str, tests: bool) -> None:
+    how = [f"-DEXECUTORCH_ROOT={executorch}", f"-DGORI_SANITIZE={sanitize}"]
     how += ["-DGORI_TESTS=ON"] if tests else []
     how += ["-G", "Ninja"] if shutil.which("ninja") and not (out / "CMakeCache.txt").exists() else []
     for command in (["cmake", "-S", SOURCES, "-B", out, *how], ["cmake", "--build", out, "--parallel", "2"]):
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-    return out
 
 
 class Options(ctypes.Structure):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from decoders import random_decoder
-from gori.distill.initialise import evenly_spaced, from_teacher
+from gori.distill.depth import evenly_spaced
+from gori.distill.initialise import from_teacher
 from gori.errors import GoriError
 from gori.model import MLP, Decoder, ModelConfig, MoE
 

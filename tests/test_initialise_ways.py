@@ -3,6 +3,7 @@ say, merging copies of an expert gives it back."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 
@@ -15,8 +16,9 @@ from torch.nn.functional import cosine_similarity
 
 from decoders import random_decoder
 from gori.distill.basis import basis_of, norm_scale, observe
+from gori.distill.depth import evenly_spaced, least_missed, most_influential, without_each
 from gori.distill.experts import Neurons, dense_neurons, expert, grouped, merged, output_scores, routing
-from gori.distill.initialise import chosen_layers, from_teacher
+from gori.distill.initialise import from_teacher
 from gori.errors import GoriError
 from gori.model import MLP, Block, Decoder, ModelConfig, MoE
 
@@ -109,11 +111,62 @@ def test_influence_is_one_minus_the_cosine_and_the_idlest_layer_goes_first() -> 
             found.append(1 - cosine_similarity(states[0], states[1], dim=-1))
     assert seen.influence[0] == pytest.approx(float(torch.stack(found).mean()), rel=1e-4)
     assert seen.influence[1] < 1e-3
-    assert chosen_layers(2, seen, "influence") == [0, 2]
-    assert chosen_layers(1, seen, "even") == [0]
+    assert most_influential(2, seen.influence) == [0, 2]
+    assert evenly_spaced(1, 3) == [0]
     student = random_decoder(dataclasses.replace(DENSE, layers=2), seed=1)
     assert from_teacher(student, teacher, CALIBRATION, depth="influence").layers == [0, 2]
     assert (logits(student) - logits(teacher)).square().mean() < 1e-3 * logits(teacher).square().mean()
+
+
+def without(teacher: Decoder, layer: int) -> Decoder:
+    """A shallower decoder of the teacher's other layers."""
+    fewer = copy.deepcopy(teacher)
+    del fewer.layers[layer]
+    return fewer
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_losses_without_a_layer_are_those_of_a_decoder_that_lacks_it(masked: bool) -> None:
+    teacher = random_decoder(MOE).eval()
+    g = torch.Generator().manual_seed(4)
+    masks = [torch.rand(ids.shape, generator=g) < 0.4 for ids in CALIBRATION]
+    want = []
+    for layer in range(3):
+        fewer, losses = without(teacher, layer).eval(), []
+        for ids, mask in zip(CALIBRATION, masks, strict=True):
+            with torch.no_grad():
+                found = -fewer(ids)[:, :-1].double().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+            losses.append(found[mask[:, 1:]] if masked else found.flatten())
+        want.append(float(torch.cat(losses).mean()))
+    assert without_each(teacher, [0, 1, 2], CALIBRATION, masks if masked else ()) == pytest.approx(want, rel=1e-5)
+
+
+def test_the_layers_that_are_missed_least_go_first_and_the_student_says_so() -> None:
+    teacher = random_decoder(dataclasses.replace(DENSE, layers=4)).eval()
+    for i, size in ((0, 0.3), (2, 1e-3)):  # the third layer hardly does anything, the first one little
+        block = teacher.layers[i]
+        assert isinstance(block, Block)
+        assert isinstance(block.mlp, MLP)
+        with torch.no_grad():
+            for m in (block.self_attn.o_proj, block.mlp.down_proj):
+                m.weight.mul_(size)
+    # rows that the teacher itself finds likely, so that whatever is left out is missed
+    rows = [ids[:, :4] for ids in CALIBRATION]
+    with torch.no_grad():
+        for _ in range(16):
+            rows = [torch.cat((ids, teacher(ids)[:, -1:].argmax(-1)), 1) for ids in rows]
+    dropped = least_missed(teacher, 1, rows)
+    assert dropped[0].layer == 2
+    assert [len(d.losses) for d in dropped] == [4, 3, 2]
+    assert all(d.losses[d.layer] == min(d.losses.values()) for d in dropped)
+    assert least_missed(teacher, 4, rows) == []
+    student = random_decoder(dataclasses.replace(DENSE, layers=3), seed=1)
+    taken = from_teacher(student, teacher, rows, depth="perplexity")
+    assert taken.layers == [0, 1, 3]
+    told = taken.report["left_out"]
+    assert told == [{"layer": 2, "loss_without": {i: round(x, 4) for i, x in dropped[0].losses.items()}}]
+    even = random_decoder(dataclasses.replace(DENSE, layers=3), seed=1)
+    assert "left_out" not in from_teacher(even, teacher, rows).report
 
 
 def one_moe() -> tuple[MoE, Tensor]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from decoders import random_decoder
 from gori import checkpoint
@@ -123,24 +124,35 @@ def test_sharded_and_stacked_expert_files_are_read(tmp_path: Path) -> None:
 
 def test_the_balance_loss_is_one_when_every_expert_is_used_alike_and_ignores_padding() -> None:
     model = random_decoder(CASES["qwen3_moe"]).train()
-    moe = model.moe_layers()[0]
+    assert model.balance() is None  # nothing was routed yet
+    moe, *others = model.moe_layers()
     x = torch.randn(2, 50, 32, generator=torch.Generator().manual_seed(0))
+
+    def balanced(*given: Tensor) -> tuple[Tensor, Tensor]:
+        moe(*given)
+        found = model.balance()
+        assert found is not None
+        return found
+
+    gate = moe.gate.weight.detach().clone()
     with torch.no_grad():
         moe.gate.weight.zero_()
-    moe(x)
-    assert moe.balance_loss is not None
-    assert moe.balance_loss.item() == pytest.approx(1.0)  # equal probabilities, whatever the load
-    model = random_decoder(CASES["qwen3_moe"]).train()
-    moe = model.moe_layers()[0]
-    moe(x)
-    whole = moe.balance_loss
+    assert balanced(x)[0].item() == pytest.approx(1.0)  # equal probabilities, whatever the load
+    with torch.no_grad():
+        moe.gate.weight.copy_(gate)
+    loss, load = balanced(x)
+    probs = torch.nn.functional.linear(x, gate).softmax(-1).flatten(0, 1)
+    chosen = torch.zeros_like(probs).scatter(1, probs.topk(2).indices, 1.0)
+    torch.testing.assert_close(load[0], chosen.mean(0) / 2)
+    assert loss.item() == pytest.approx(len(gate) * float((chosen.mean(0) / 2 * probs.mean(0)).sum()), rel=1e-5)
     padded = torch.cat((x, torch.full((2, 9, 32), 7.0)), dim=1)
     valid = torch.ones(2, 59, dtype=torch.bool)
     valid[:, 50:] = False
-    moe(padded, valid)
-    assert whole is not None
-    assert moe.balance_loss is not None
-    assert moe.balance_loss.item() == pytest.approx(whole.item())
+    assert balanced(padded, valid)[0].item() == pytest.approx(loss.item())
+    for other in others:  # the mean over layers
+        other.routed_2E = torch.ones(2, len(gate)) * torch.tensor([[2.0], [1.0]])
+    total = balanced(x)[0].item()
+    assert total == pytest.approx((loss.item() + len(others)) / (1 + len(others)), rel=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(5, 16), (2, 3, 4, 8)], ids=str)

@@ -13,7 +13,7 @@ from rank_probe import check_same, run_and_cut, run_cases, start, train_case
 
 from gori.teacher.wholes import owners
 
-CASES = ("dense", "few rows", "experts", "experts over all")
+CASES = ("dense", "few rows", "experts", "experts over all", "resharded")
 
 
 @pytest.fixture(scope="module")
