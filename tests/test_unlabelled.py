@@ -18,7 +18,7 @@ from gori import checkpoint, ranks
 from gori.artifact import content_hash, planning, read_manifest
 from gori.calls import END
 from gori.corpus import Corpus
-from gori.data import prompt_ids, read_conversations, read_prompts
+from gori.data import encode, prompt_ids, read_conversations, read_prompts
 from gori.distill.checks import check, check_recipe
 from gori.distill.stage import train_student
 from gori.distill.unlabelled import ROWS, answered, answers, mixed, prompts
@@ -154,6 +154,28 @@ def test_students_on_the_way_are_taken_from_each_other_and_told(
     assert [e["stage"] for e in read_manifest(out)["lineage"]].count("distill") == 2
     assert checkpoint.load(out).cfg.hidden_size == 24
     assert not train_student(student(hidden_size=24), settings, *places)
+
+
+def test_a_shallower_student_takes_the_layer_that_the_teachers_answers_miss_more(
+    teacher: Path, toy_corpus: Corpus, toy_tokenizer: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "distill"
+    assert train_student(student(layers=1), distill(depth="perplexity"), teacher, toy_corpus, toy_tokenizer, 0, out)
+    tokenizer, losses = Tokenizer.load(toy_tokenizer), {}
+    for layer in ("0", "1"):
+        fewer, found = checkpoint.load(teacher).eval(), []
+        del fewer.layers[int(layer)]
+        for c in toy_corpus.train:
+            e = encode(c, tokenizer)
+            with torch.no_grad():
+                log_p = fewer(torch.tensor([e.ids]))[0].double().log_softmax(-1)
+            found += [-float(log_p[i - 1, e.ids[i]]) for i in range(1, len(e.ids)) if e.loss[i]]
+        losses[layer] = sum(found) / len(found)
+    initialised = read_manifest(out)["metrics"]["initialised"]
+    (left_out,) = initialised["left_out"]
+    assert left_out["loss_without"] == pytest.approx(losses, abs=1e-3)
+    assert left_out["layer"] == int(min(losses, key=lambda layer: losses[layer]))
+    assert [x["teacher_layer"] for x in initialised["layers"]] == [1 - left_out["layer"]]
 
 
 def test_on_policy_students_can_be_asked_unlabelled_requests(
