@@ -90,9 +90,8 @@ def check(distill: Distill, student: Student, cached: bool) -> None:
         )
     if distill.unlabelled and distill.unlabelled.answers == "student" and not distill.on_policy:
         raise GoriError("distill.unlabelled.answers student needs on-policy steps: add distill.on_policy")
-    if several and (distill.on_policy or "attention" in distill.losses):
-        what = "on_policy" if distill.on_policy else "losses.attention"
-        raise GoriError(f"distill.{what} works in one process alone: start it without torchrun")
+    if several and "attention" in distill.losses:
+        raise GoriError("distill.losses.attention works in one process alone: start it without torchrun")
     if distill.width == "pca" and student.tied and distill.init == "teacher":
         raise GoriError(
             "distill.width pca needs a head of its own: set student.tied to false, or take width importance"

@@ -18,6 +18,7 @@ from gori.distill.losses import distillation_loss, sparse_loss
 from gori.distill.states import Pairs, state_terms
 from gori.evaluate import MAX_NEW_TOKENS
 from gori.model import Decoder
+from gori.teacher.sharding import whole_here
 from gori.teacher.stage import answer_loss
 from gori.teacher.train import Loss, TrainBatch, to_tensors
 
@@ -55,7 +56,8 @@ class Draws:
         asked = on_policy.prompts_of(batch.ids_BT, batch.loss_BT, batch.valid_BT)
         if self.prompts is not None:
             asked = on_policy.near(self.prompts, len(asked), batch.noise)
-        said = on_policy.sampled(model, asked, self.end, self.temperature, batch.noise, self.longest)
+        with whole_here(model):
+            said = on_policy.sampled(model, asked, self.end, self.temperature, batch.noise, self.longest)
         rows = on_policy.examples(asked, said)
         return to_tensors(rows, self.pad, batch.ids_BT.device, progress=batch.progress, noise=batch.noise)
 

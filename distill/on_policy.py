@@ -23,11 +23,12 @@ def chosen(share: float, start: float, progress: float, seed: int) -> bool:
 
 
 def prompts_of(ids_BT: Tensor, loss_BT: Tensor, valid_BT: Tensor) -> list[list[int]]:
-    """Each row up to its last answer: what stands before the last run of tokens that are predicted."""
+    """Each row up to its last answer: what stands before the last run of tokens that are predicted. Of a row that
+    counts for nothing (a rank without rows computes one) the first token."""
     found = []
     for ids, loss, length in zip(ids_BT.tolist(), loss_BT.tolist(), valid_BT.sum(1).tolist(), strict=True):
-        end = max(i for i in range(length) if loss[i]) + 1
-        while loss[end - 1]:
+        end = max((i for i in range(length) if loss[i]), default=0) + 1
+        while loss[end - 1] and end > 1:
             end -= 1
         found.append(ids[:end])
     return found
@@ -57,11 +58,11 @@ def sampled(
     ids = torch.full((len(prompts), width), end, device=device)
     for row, p in enumerate(prompts):
         ids[row, : len(p)] = torch.tensor(p, device=device)
-    cache = KVCache(model.cfg, len(prompts), width, device=device)
+    cache = KVCache(model.cfg, len(prompts), width)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     read, at = 0, int(lengths.min())
     model.eval()  # dropout is the loss's
-    with torch.autocast(device.type, enabled=False):  # the cache is float32
+    with torch.autocast(device.type, enabled=False):  # in the weights' own type
         while at < width and not bool(ended.all()):
             logits = model.logits(model.hidden(ids[:, read:at], cache)[:, -1])
             drawn = torch.multinomial((logits / temperature).softmax(-1), 1, generator=noise).squeeze(1)

@@ -33,8 +33,10 @@ from gori.distill.objective import (
 from gori.distill.states import check_pairs, default_pairs
 from gori.errors import GoriError
 from gori.model import Decoder, parameter_count
+from gori.ranks import current
 from gori.recipe import Distill, Student
 from gori.teacher.cache_read import CachedRows
+from gori.teacher.sharding import WHOLE_BYTES, can_be_whole
 from gori.teacher.stage import answer_loss, device, fresh, run_loop, shape_config, training_state, write_trained
 from gori.teacher.train import Loss
 from gori.tokenizer import Tokenizer
@@ -177,6 +179,11 @@ def _train(stage: str, student: Student, distill: Distill, places: Places) -> bo
         source = load_teacher(places.source, tokenizer) if places.source else teacher
         model, taken = first_weights(student, distill, source, sample, tokenizer, places.seed)
         report = {"from": "source" if places.source else "teacher", **taken.report} if taken else {"from": "random"}
+        if distill.on_policy and current().world > 1 and not can_be_whole(model):
+            raise GoriError(
+                f"on-policy steps under torchrun hold the student whole on every rank, and its weights exceed "
+                f"{WHOLE_BYTES >> 30} GiB: distill it in one process, or without distill.on_policy"
+            )
         loss = answer_loss(0.0)
         if cached and needs_teacher(distill.losses):
             until, compiled = distill.teacher_until, distill.train.compile

@@ -64,7 +64,7 @@ def batched(model: Decoder, end: int, batch: int = 64) -> Generate:
             for start in range(0, len(rows), batch):
                 some = rows[start : start + batch]
                 room = min(MAX_NEW_TOKENS, model.cfg.max_position - length)
-                cache = KVCache(model.cfg, len(some), length + room, device=device)
+                cache = KVCache(model.cfg, len(some), length + room)
                 ids = torch.tensor([prompts[i] for i in some], device=device)
                 for i, answer in zip(some, _greedy(ids, cache, room), strict=True):
                     answers[i] = answer

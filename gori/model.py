@@ -104,19 +104,12 @@ def rotate(x_BTHd: Tensor, cos_BTd: Tensor, sin_BTd: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of every layer, `[B, K, max_len, head_dim]`, and how many positions are filled."""
+    """Keys and values of every layer, `[B, K, max_len, head_dim]`, and how many positions are filled; dtype and device
+    are those of the first that come."""
 
-    def __init__(
-        self,
-        cfg: ModelConfig,
-        batch: int,
-        max_len: int,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | None = None,
-    ) -> None:
-        shape = (cfg.layers, batch, cfg.kv_heads, max_len, cfg.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+    def __init__(self, cfg: ModelConfig, batch: int, max_len: int) -> None:
+        self._shape = (cfg.layers, batch, cfg.kv_heads, max_len, cfg.head_dim)
+        self.k = self.v = torch.empty(0)
         self.length = 0
         self.max_len = max_len
 
@@ -125,6 +118,8 @@ class KVCache:
         end = self.length + k_BKTd.shape[2]
         if end > self.max_len:
             raise GoriError(f"{end} tokens do not fit the KV cache of {self.max_len}: shorten the prompt or enlarge it")
+        if not self.k.numel():
+            self.k, self.v = k_BKTd.new_zeros(self._shape), v_BKTd.new_zeros(self._shape)
         self.k[layer, :, :, self.length : end] = k_BKTd
         self.v[layer, :, :, self.length : end] = v_BKTd
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -98,10 +99,9 @@ class Sharded:
         fully_shard(model, mesh=everyone, mp_policy=policy)
         model.to(kind)  # buffers; fully_shard moved the parameters, one block at a time
         register_fsdp_forward_method(model, "hidden")
-        for m in model.modules():
-            if isinstance(m, FSDPModule):  # shares of the loss are of all ranks' answers: gradients are summed
-                m.set_gradient_divide_factor(1.0)
-                m.set_force_sum_reduction_for_comms(True)  # gloo has no other sum
+        for m in _groups(model):  # shares of the loss are of all ranks' answers: gradients are summed
+            m.set_gradient_divide_factor(1.0)
+            m.set_force_sum_reduction_for_comms(True)  # gloo has no other sum
 
     def train(self) -> None:
         self._model.train()
@@ -168,19 +168,36 @@ def by_ranks(model: Decoder, rows: Sequence[Item], work: Callable[[Sequence[Item
     A decoder of at most WHOLE_BYTES, its experts not divided, is gathered whole on every rank, and each works on its
     part of the rows. Of any other all ranks work on all rows, in step, since each forward pass is a meeting.
     """
-    blocks = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    divided = any(isinstance(m, DividedExperts) for m in model.modules())
-    apart = not divided and _bytes(model) <= WHOLE_BYTES
-    if apart:
-        for m in blocks:
-            m.unshard()
-        parts = [*split(rows, dist.get_world_size()), *([()] * dist.get_world_size())]
-        found = [r for some in gathered(work(parts[dist.get_rank()])) for r in some]
-    else:
-        found = work(rows)
-    for m in blocks:
+    if can_be_whole(model):
+        with whole_here(model):
+            parts = [*split(rows, dist.get_world_size()), *([()] * dist.get_world_size())]
+            return [r for some in gathered(work(parts[dist.get_rank()])) for r in some]
+    found = work(rows)
+    for m in _groups(model):
         m.reshard()
     return found
+
+
+def can_be_whole(model: Decoder) -> bool:
+    """Whether every rank may hold all weights of a decoder at once."""
+    return _bytes(model) <= WHOLE_BYTES and not any(isinstance(m, DividedExperts) for m in model.modules())
+
+
+@contextmanager
+def whole_here(model: Decoder) -> Iterator[None]:
+    """All weights of a sharded decoder on every rank meanwhile, so that each runs it without gradients as often as it
+    likes. All ranks must enter; a decoder that is not sharded is as it was."""
+    for m in _groups(model):
+        m.unshard()
+    try:
+        yield
+    finally:
+        for m in _groups(model):
+            m.reshard()
+
+
+def _groups(model: Decoder) -> list[FSDPModule]:
+    return [m for m in model.modules() if isinstance(m, FSDPModule)]
 
 
 def _bytes(model: Decoder) -> int:

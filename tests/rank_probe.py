@@ -18,7 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gori.data import Example
+from gori.distill.objective import Draws, divergence_loss
 from gori.errors import GoriError
+from gori.evaluate import batched
 from gori.model import Decoder, ModelConfig
 from gori.ranks import barrier, current, joined
 from gori.teacher import sharding
@@ -42,6 +44,8 @@ CASES: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
     "experts over all": (MOE, {"expert_parallel": 4}),
     "experts at once": (MOE, {"expert_parallel": 2, "accumulate": 2, "recompute": True}),
     "resharded": (MOE, {"whole_bytes": 0}),
+    "on-policy": (DENSE, {"on_policy": True}),
+    "on-policy, few rows": (DENSE, {"on_policy": True, "batch_tokens": 30}),
     "bf16": (DENSE, {"precision": "bf16"}),
 }
 
@@ -65,11 +69,13 @@ def train_case(
 ) -> tuple[dict[str, Tensor], Progress]:
     """Whole weights and progress of a case; `cut_after` so many steps it is cut, with a checkpoint of each step.
 
-    `alone`: in one process its experts are not divided.
+    `alone`: in one process its experts are not divided. Draws of on-policy steps differ with the parts that a batch is
+    cut into, so one process cuts it for two threads.
     """
     cfg, own = CASES[case]
     own = dict(own)
     whole_bytes = own.pop("whole_bytes", sharding.WHOLE_BYTES)
+    on_policy = own.pop("on_policy", False)
     settings = dataclasses.replace(SETTINGS, **own, **changes)
     if alone and current().world == 1:
         settings = dataclasses.replace(settings, expert_parallel=1)
@@ -80,10 +86,18 @@ def train_case(
         moe.gate.weight.data.mul_(10)
     with mock.patch.object(sharding, "WHOLE_BYTES", whole_bytes):
         done = fit(
-            model, examples, cut(answer_loss(0.05), cut_after, settings.accumulate), settings, seed=1, pad=0,
-            label=case, state=state, evaluate=evaluate, fingerprint=case,
+            model, examples, cut(drawing() if on_policy else answer_loss(0.05), cut_after, settings.accumulate),
+            settings, seed=1, pad=0, label=case, state=state, evaluate=evaluate, fingerprint=case,
+            workers=2 if on_policy and current().world == 1 else 1,
         )  # fmt: skip
     return dict(whole_tensors(model)), done
+
+
+def drawing() -> Loss:
+    """Reverse KL to a random teacher at answers that the student draws."""
+    teacher = Decoder(DENSE).initialise(torch.Generator().manual_seed(7)).eval()
+    draws = Draws(share=0.8, temperature=1.0, start=0.2, seed=3, end=5, pad=0, longest=6)
+    return divergence_loss(teacher, {"reverse_kl": 1.0, "ce": 0.5}, 1.0, draws=draws)
 
 
 def cut(loss: Loss, after: int | None, calls_a_step: int) -> Loss:
@@ -99,10 +113,12 @@ def cut(loss: Loss, after: int | None, calls_a_step: int) -> Loss:
     return stopping
 
 
-@torch.no_grad()
 def evaluate(model: Decoder) -> dict[str, float]:
-    ids = torch.arange(12).view(2, 6)
-    return {"dev_exact": round(model.logits(model.hidden(ids)).sum().item(), 3)}
+    """What stands for a share of right answers: the sum of the ids of five answers."""
+    prompts = [list(range(1, n)) for n in (3, 4, 9, 4, 7)]
+    answer = batched(model, end=96)
+    said = answer(prompts) if current().world == 1 else sharding.by_ranks(model, prompts, answer)
+    return {"dev_exact": sum(map(sum, said))}
 
 
 def run_cases(directory: Path, cases: Sequence[str]) -> None:

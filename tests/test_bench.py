@@ -114,6 +114,8 @@ CASES = {
 def test_a_steps_bytes_are_those_of_the_tensors_on_disk_and_of_the_eager_models_cache(
     name: str, tmp_path: Path
 ) -> None:
+    import torch
+
     from gori.model import KVCache
 
     case = CASES[name]
@@ -129,6 +131,7 @@ def test_a_steps_bytes_are_those_of_the_tensors_on_disk_and_of_the_eager_models_
     assert found.linears == layers + (table if head is None else head)
     assert found.embedding_row == table // case.cfg.vocab_size
     cache = KVCache(case.cfg, batch=1, max_len=1)
+    cache.append(0, *[torch.zeros(1, case.cfg.kv_heads, 1, case.cfg.head_dim)] * 2)
     assert found.cache_per_token == sum(t.nbytes for t in vars(cache).values() if hasattr(t, "nbytes"))
 
 

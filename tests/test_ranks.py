@@ -24,7 +24,10 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("case", EXACT)
 def test_two_ranks_train_as_one_process(case: str, two: Path, tmp_path: Path) -> None:
     # float32 sums in another order, through six updates of 0.01
-    check_same(two / f"{case}.pt", *train_case(case, tmp_path / "state.pt"), atol=2e-5)
+    weights, done = train_case(case, tmp_path / "state.pt")
+    check_same(two / f"{case}.pt", weights, done, atol=2e-5)
+    drawn = [e.get("on_policy") for e in done.log]
+    assert (0 in drawn and 1 in drawn) if case.startswith("on-policy") else set(drawn) == {None}
 
 
 def test_bf16_follows_float32_within_its_mantissa(two: Path, tmp_path: Path) -> None:

@@ -216,11 +216,12 @@ def test_what_does_not_go_together_is_refused_before_any_work(more: dict[str, An
         check(distill(**more), student(), cached)
 
 
-def test_on_policy_steps_are_refused_under_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_is_refused_under_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert ranks.current().world == 2
-    with pytest.raises(GoriError, match=r"distill.on_policy works in one process alone"):
-        check(distill(on_policy={}), student(), cached=False)
+    check(distill(on_policy={}), student(), cached=False)
+    with pytest.raises(GoriError, match=r"distill.losses.attention works in one process alone"):
+        check(distill(losses={"forward_kl": 1.0, "attention": 0.1}), student(), cached=False)
 
 
 def asking(**sections: Any) -> Recipe:
