@@ -282,7 +282,7 @@ def main() -> None:
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--rows", type=int, default=30000, help="training rows of the in-car task")
     parser.add_argument("--test-rows", type=int, default=300, help="rows of each of its test splits")
-    parser.add_argument("--cache-epochs", type=int, default=4)
+    parser.add_argument("--cache-epochs", type=int, default=20, help="as many as a student sees")
     parser.add_argument("--out", type=Path, required=True)
     a = parser.parse_args()
     a.settings, a.variants = a.settings.split(","), a.variants.split(",")

@@ -194,9 +194,11 @@ def _train(stage: str, student: Student, distill: Distill, places: Places) -> bo
             loss = _living(distill, teacher.to(device()), inside, places, tokenizer, student.max_position)
         rows, more = labelled, {}
         if distill.unlabelled and places.answers:
-            more_rows = unlabelled.read_answers(places.answers, places.corpus)
+            given = (places.answers, places.corpus, tokenizer, student.max_position)
+            more_rows, too_long = unlabelled.read_answers(*given)
             rows = unlabelled.mixed(labelled, more_rows, distill.unlabelled.share)
             more["unlabelled"] = read_manifest(places.answers)["metrics"] | {
+                "too_long": too_long,
                 "rows": len(rows),
                 "labelled": len(labelled),
             }

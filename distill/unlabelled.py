@@ -14,7 +14,7 @@ from gori import checkpoint, console, evaluate
 from gori.artifact import Manifest, ancestry, content_hash, make
 from gori.calls import END, CallError, Function, parse
 from gori.corpus import Corpus
-from gori.data import Conversation, Turn, as_messages, prompt_ids, read_conversations, read_prompts
+from gori.data import Conversation, Turn, as_messages, encode, prompt_ids, read_conversations, read_prompts
 from gori.distill.on_policy import sampled
 from gori.errors import GoriError
 from gori.model import Decoder
@@ -25,6 +25,8 @@ from gori.tokenizer import Tokenizer
 Row = TypeVar("Row")
 BATCH = 64
 ROWS = "answers.jsonl"
+NO_TEXT = "\ufffd"
+"""What a tokenizer writes for bytes that are not UTF-8."""
 
 
 def prompts(
@@ -96,7 +98,9 @@ def answers(
 
 
 def answered(c: Conversation, text: str, functions: Mapping[str, Function]) -> Conversation | None:
-    """The row with an answer's text as its calls; None where they are not valid."""
+    """The row with an answer's text as its calls; None where they are not valid, or hold bytes that are no text."""
+    if NO_TEXT in text and NO_TEXT not in c.utterance:
+        return None
     try:
         calls = tuple(parse(text, functions))
     except CallError:
@@ -104,8 +108,13 @@ def answered(c: Conversation, text: str, functions: Mapping[str, Function]) -> C
     return Conversation((*c.turns[:-1], Turn("assistant", None, calls)))
 
 
-def read_answers(directory: Path, corpus: Corpus) -> list[Conversation]:
-    return read_conversations(directory / ROWS, corpus.functions)
+def read_answers(directory: Path, corpus: Corpus, tokenizer: Tokenizer, room: int) -> tuple[list[Conversation], int]:
+    """The answered rows that a student of `room` tokens can read, and how many it cannot."""
+    rows = read_conversations(directory / ROWS, corpus.functions)
+    fitting = [c for c in rows if len(encode(c, tokenizer).ids) <= room]
+    if not fitting:
+        raise GoriError(f"none of the {len(rows)} answered requests fits student.max_position {room}: raise it")
+    return fitting, len(rows) - len(fitting)
 
 
 def mixed(labelled: Sequence[Row], more: Sequence[Row], share: float) -> list[Row]:

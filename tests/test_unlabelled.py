@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_rows
+from conftest import toy_rows, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gori import checkpoint, ranks
 from gori.artifact import content_hash, planning, read_manifest
-from gori.calls import END
+from gori.calls import END, Call, render
 from gori.corpus import Corpus
-from gori.data import encode, prompt_ids, read_conversations, read_prompts
+from gori.data import Conversation, Turn, encode, prompt_ids, read_conversations, read_prompts
 from gori.distill.checks import check, check_recipe
 from gori.distill.stage import train_student
-from gori.distill.unlabelled import ROWS, answered, answers, mixed, prompts
+from gori.distill.unlabelled import ROWS, answered, answers, mixed, prompts, read_answers
 from gori.errors import GoriError
 from gori.recipe import Distill, Recipe, Student, Teacher, Unlabelled, parse
 from gori.teacher.stage import train_teacher
@@ -112,6 +112,29 @@ def test_the_answers_are_the_teachers_own_and_only_valid_ones(
     with planning() as planned:
         train_student(student(), distill(unlabelled=more), *places)
     assert planned == [False, False]
+
+
+def test_an_answer_with_bytes_that_are_no_text_is_left_out(toy_corpus: Corpus) -> None:
+    c = next(c for c in toy_corpus.train if c.utterance == "take me to Pier 39")
+    right, broken = (render([Call("navigate", {"place": place})]) for place in ("Pier 39", "Pier \ufffd\ufffd"))
+    assert answered(c, right, toy_corpus.functions) == c
+    assert answered(c, broken, toy_corpus.functions) is None
+    said = Conversation((Turn("user", "take me to Pier \ufffd"), c.turns[-1]))  # the user's own are text
+    assert answered(said, broken, toy_corpus.functions) is not None
+
+
+def test_answered_rows_that_the_student_cannot_read_are_counted(
+    toy_corpus: Corpus, toy_tokenizer: Path, tmp_path: Path
+) -> None:
+    tokenizer = Tokenizer.load(toy_tokenizer)
+    write_rows(tmp_path / ROWS, toy_rows())
+    lengths = sorted(len(encode(c, tokenizer).ids) for c in toy_corpus.train)
+    room = lengths[len(lengths) // 2]
+    fitting, too_long = read_answers(tmp_path, toy_corpus, tokenizer, room)
+    assert [len(encode(c, tokenizer).ids) <= room for c in fitting] == [True] * sum(n <= room for n in lengths)
+    assert too_long == sum(n > room for n in lengths) > 0
+    with pytest.raises(GoriError, match=rf"none of the {len(lengths)} answered requests fits student.max_position 5"):
+        read_answers(tmp_path, toy_corpus, tokenizer, 5)
 
 
 def test_drawn_answers_are_a_function_of_the_seed(teacher: Path, toy_corpus: Corpus, toy_tokenizer: Path) -> None:
