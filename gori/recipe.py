@@ -115,13 +115,9 @@ class Cache(Section):
     path: str | None = None
     """A finished cache, which is taken as it is."""
     method: Literal["sample", "topk"] = "sample"
-    """Draws without bias, or the most probable tokens and a tail."""
-    rounds: int = Field(default=50, ge=1, le=255)
-    """Draws a token; about 12 different tokens come of 50."""
-    proposal: float = Field(default=1.0, gt=0)
-    """Exponent of the distribution that is drawn from; below 1 rare tokens are drawn more often, and weigh less."""
+    """The most probable tokens and draws of the others, without bias, or the most probable ones and a tail."""
     k: int = Field(default=12, ge=1, le=255)
-    """Entries of method topk."""
+    """Entries a token, at most."""
     epochs: int = Field(default=1, ge=1)
     """Different epochs of rows, which the student goes through in turn."""
     shard_rows: int = Field(default=1024, ge=1)

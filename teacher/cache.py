@@ -118,7 +118,7 @@ class Maker:
 
             assert isinstance(self.teacher, ForeignTeacher)
             examples, counts = written(self.teacher, rows, self.tokenizer, w.functions, s.batch_tokens)
-            data = pack(examples, self.tokenizer.vocab_size, rounds=1)
+            data = pack(examples, self.tokenizer.vocab_size)
             return data, _entry(part, data, examples, counts)
         asked = [self.ask(row) for row in rows]
         for a, (c, _) in zip(asked, rows, strict=True):
@@ -131,8 +131,7 @@ class Maker:
             "top1": float(sum(d.top1.sum() for d in drawn)),
             "from_truth": float(sum(a.unknown for a in asked)),
         }
-        exact = s.method == "sample" and s.proposal == 1
-        data = pack(examples, self.tokenizer.vocab_size, s.rounds if exact else 0)
+        data = pack(examples, self.tokenizer.vocab_size)
         return data, _entry(part, data, examples, sums)
 
     def _drawn(self, asked: Sequence[Asked], part: Part) -> Iterator[tuple[int, Drawn]]:
@@ -149,8 +148,8 @@ class Maker:
                 if s.method == "topk":
                     yield int(i), largest(probs, s.k)
                     continue
-                u = uniforms(self.work.seed, part.epoch, part.start + int(i), len(probs), s.rounds)
-                yield int(i), draw(probs, torch.from_numpy(u).to(device), s.proposal)
+                u = uniforms(self.work.seed, part.epoch, part.start + int(i), len(probs))
+                yield int(i), draw(probs, torch.from_numpy(u).to(device), s.k)
 
 
 def _check_vocabulary(teacher: TeacherModel, tokenizer: Tokenizer, directory: Path) -> None:

@@ -1,6 +1,6 @@
 """Few entries that stand for a teacher's whole distribution: drawn without bias, or the k largest.
 
-Knows nothing of teachers, rows or files. Shapes: A answer tokens, V vocabulary, R rounds of drawing, n entries of all.
+Knows nothing of teachers, rows or files. Shapes: A answer tokens, V vocabulary, k entries at most, n entries of all.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from gori.soft import Soft
 
 CHUNK_BYTES = 64 << 20
 """Size of one [chunk, V] float64 tensor."""
+REST = 1e-4
+"""Mass that one drawn entry may stand for, so that a sure teacher has few entries."""
 
 
 @dataclass(frozen=True)
@@ -29,54 +31,61 @@ class Drawn:
     """[A], whether the most probable token is among the entries."""
 
 
-def uniforms(seed: int, epoch: int, row: int, answers: int, rounds: int) -> NDArray[np.float64]:
-    """`[answers, rounds]` in [0, 1), a function of the arguments and the position alone: the same on every rank."""
-    return np.random.default_rng([seed, 6007, epoch, row]).random((answers, rounds))
+def uniforms(seed: int, epoch: int, row: int, answers: int) -> NDArray[np.float64]:
+    """`[answers]` in [0, 1), a function of the arguments and the position alone: the same on every rank."""
+    return np.random.default_rng([seed, 6007, epoch, row]).random(answers)
 
 
-def draw(probs_AV: Tensor, uniform_AR: Tensor, proposal: float) -> Drawn:
-    """Random sampling knowledge distillation (arXiv 2503.16870, section 4): R draws with replacement from the proposal
-    q ~ p^proposal, each entry's weight `count / R * p / q`, whose expectation is p.
+def draw(probs_AV: Tensor, uniform_A: Tensor, k: int) -> Drawn:
+    """At most k entries a token whose weights have the probabilities as their expectations, float32.
 
-    The weights are not scaled to sum to one: their sum has the expectation 1 (or `mass`) already, and dividing by it
-    would make the estimate a ratio, which is biased. What p lacks to 1 is drawn too, as no entry. float32 weights; of
-    another proposal than 1 they are rounded to float16, as they are stored.
+    A token is taken with probability min(1, p / t), and then weighs max(p, t), where t is such that n are taken: those
+    above t always, with their own probability, and of the others n - h, all with the weight t. No other n entries
+    without bias have as small a sum of variances (VarOpt: Cohen et al., arXiv 0803.0473, section 2); they are drawn
+    systematically, along one uniform number (Madow 1949). n is k, or as few as leave REST to the last of them. Weights
+    sum to what the probabilities sum to; what these lack to 1 is drawn too, as no entry. Rounded by at most 2^-17 of
+    themselves, as they are stored.
     """
-    parts = [_draw(probs_AV[rows], uniform_AR[rows], proposal) for rows in _chunks(len(probs_AV), probs_AV.shape[1])]
-    return _join(parts)
+    rows = _chunks(len(probs_AV), probs_AV.shape[1])
+    return _join([_draw(probs_AV[r], uniform_A[r], k) for r in rows])
 
 
-def _draw(p: Tensor, uniform: Tensor, proposal: float) -> Drawn:
-    (A, V), R = p.shape, uniform.shape[1]
-    p = p.double()
+def _draw(p: Tensor, uniform: Tensor, k: int) -> Drawn:
+    V, p = p.shape[1], p.double()
     mass = p.sum(-1)
     whole = torch.cat((p, (1 - mass).clamp(min=0).unsqueeze(1)), dim=1)
-    q = whole if proposal == 1 else whole.pow(proposal)
-    q = q / q.sum(-1, keepdim=True)
-    chosen = torch.searchsorted(q.cumsum(-1), uniform.double(), right=True).clamp(max=V)
-    chosen = chosen.sort(-1).values
-    first = torch.ones_like(chosen, dtype=torch.bool)
-    first[:, 1:] = chosen[:, 1:] != chosen[:, :-1]
-    run = first.cumsum(-1) - 1
-    count = torch.zeros(A, R, dtype=torch.float64, device=p.device).scatter_add_(1, run, torch.ones_like(uniform))
-    ids = torch.zeros(A, R, dtype=torch.long, device=p.device).scatter_(1, run, chosen)
-    weight = count / R
-    if proposal != 1:
-        weight = (weight * whole.gather(1, ids) / q.gather(1, ids)).to(torch.float16).double()
-    weight = torch.where((ids < V) & (count > 0), weight, 0.0)
-    return _drawn(p, ids, weight, mass)
+    value, ids = whole.topk(min(k, V + 1), dim=-1)
+    place = torch.arange(value.shape[1], device=p.device)
+    left = whole.sum(-1, keepdim=True) - value.cumsum(-1) + value  # by what is not among the `place` largest
+    little = left <= REST
+    count = torch.where(little.any(-1), little.int().argmax(-1) + 1, len(place)).unsqueeze(1)
+    others = count - place  # to be drawn, were the `place` largest taken as they are
+    certain = ((others == 1) | ((others > 0) & (value * others <= left))).int().argmax(-1, keepdim=True)
+    is_certain = place < certain
+    tail = whole.scatter(1, ids, torch.where(is_certain, 0.0, value)).cumsum(-1)
+    each = tail[:, -1:] / (count - certain)
+    drawn = torch.searchsorted(tail, (uniform.double().unsqueeze(1) + place - certain) * each, right=True)
+    ids = torch.where(is_certain, ids, drawn.clamp(max=V))
+    weight = torch.where(is_certain, value, each)
+    return _drawn(p, ids, _stored(weight, 0x80) * ((place < count) & (ids < V)), mass)
+
+
+def _stored(weight: Tensor, add: int) -> Tensor:
+    """float32 whose last 8 bits are zero: rounded to the nearest with `add` 0x80, down with 0."""
+    near = weight.float()
+    if not add:
+        near = torch.where(near.double() > weight, torch.nextafter(near, torch.zeros_like(near)), near)
+    return ((near.view(torch.int32) + add) & -256).view(torch.float32)
 
 
 def largest(probs_AV: Tensor, k: int) -> Drawn:
     """The k most probable tokens; the rest of the mass is the tail, which is not stored. float32 weights, rounded down
-    to float16, so that they never sum to more than the distribution."""
+    by at most 2^-15 of themselves, so that they never sum to more than the distribution."""
     parts = []
     for rows in _chunks(len(probs_AV), probs_AV.shape[1]):
         p = probs_AV[rows].double()
         value, ids = p.topk(min(k, p.shape[1]), dim=-1)
-        half = value.to(torch.float16)
-        down = torch.where(half.double() > value, torch.nextafter(half, torch.zeros_like(half)), half)
-        parts.append(_drawn(p, ids, down.double(), p.sum(-1)))
+        parts.append(_drawn(p, ids, _stored(value, 0), p.sum(-1)))
     return _join(parts)
 
 
@@ -91,7 +100,7 @@ def _drawn(p: Tensor, ids: Tensor, weight: Tensor, mass: Tensor) -> Drawn:
     order = torch.where(kept, ids, p.shape[1]).argsort(dim=-1, stable=True)
     ids, weight = torch.where(kept, ids, 0).gather(1, order), weight.gather(1, order)
     top = (ids == p.argmax(-1, keepdim=True)) & (weight > 0)
-    soft = Soft(ids.to(torch.int32).cpu().numpy(), weight.float().cpu().numpy())
+    soft = Soft(ids.to(torch.int32).cpu().numpy(), weight.cpu().numpy())
     return Drawn(soft, mass.cpu().numpy(), top.any(-1).cpu().numpy())
 
 

@@ -1,12 +1,12 @@
 """One shard of a cache: rows of token ids, what of them is to be predicted, and a teacher's few entries at each such
 token, in named arrays (gori.tables). Knows nothing of teachers.
 
-    vocab, rounds       one number each; rounds is 0 where weights are stored and not counts of draws
+    vocab               one number
     ids, row_at         every row's token ids one after the other (u2 or u4), and where each row begins
     loss                bit i: whether token i is to be predicted
     entries             of each such token, how many entries follow (u1)
     entry               their ids, 2 bytes each (a vocabulary up to 65,536) or 3, little-endian
-    count | weight      of each entry, how often it was drawn (u1) or its weight (float16, as u2)
+    weight              of each entry, the upper 3 bytes of a float32, little-endian
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ BLOCK = 1 << 16
 """Bytes that have one checksum, so that damage is told with its place."""
 
 
-def pack(examples: Sequence[Example], vocab_size: int, rounds: int = 0) -> bytes:
-    """A shard's bytes. Every example has `soft`; with `rounds` its weights are multiples of 1/rounds, else float16."""
+def pack(examples: Sequence[Example], vocab_size: int) -> bytes:
+    """A shard's bytes. Every example has `soft`, its weights float32 whose last 8 bits are zero."""
     ids, weights = join([e.soft for e in examples if e.soft is not None])
     kept = weights > 0
     small = kept.sum(1)
@@ -39,23 +39,17 @@ def pack(examples: Sequence[Example], vocab_size: int, rounds: int = 0) -> bytes
     assert vocab_size <= 1 << 24
     width = 2 if vocab_size <= 1 << 16 else 3
     entry = ids[kept].astype("<u4").view(np.uint8).reshape(-1, 4)[:, :width]
+    weight = weights[kept].astype("<f4").view(np.uint8).reshape(-1, 4)
+    assert not weight[:, 0].any()
     arrays: dict[str, NDArray[Any]] = {
         "vocab": np.array([vocab_size], np.uint32),
-        "rounds": np.array([rounds], np.uint32),
         "ids": np.concatenate([e.ids for e in examples]).astype(np.uint16 if width == 2 else np.uint32),
         "row_at": np.cumsum([0, *(len(e.ids) for e in examples)]).astype(np.uint32),
         "loss": np.packbits(np.concatenate([e.loss for e in examples])),
         "entries": small.astype(np.uint8),
         "entry": entry,
+        "weight": weight[:, 1:],
     }
-    if rounds:
-        counts = np.rint(weights[kept].astype(np.float64) * rounds)
-        assert np.array_equal((counts / rounds).astype(np.float32), weights[kept])
-        arrays["count"] = counts.astype(np.uint8)
-    else:
-        half = weights[kept].astype(np.float16)
-        assert np.array_equal(half.astype(np.float32), weights[kept])
-        arrays["weight"] = half.view(np.uint16)
     return tables.dump(arrays)
 
 
@@ -69,13 +63,14 @@ class Shard(Sequence[Example]):
         self._answer_at = np.concatenate(([0], np.cumsum(self._loss)))[self._row_at]
         self._entries = a["entries"]
         self._entry_at = np.concatenate(([0], np.cumsum(self._entries, dtype=np.int64)))
-        total, rounds = int(self._entry_at[-1]), int(a["rounds"][0])
+        total = int(self._entry_at[-1])
         raw = np.zeros((total, 4), np.uint8)
         width = 2 if a["vocab"][0] <= 1 << 16 else 3
         raw[:, :width] = a["entry"].reshape(total, width)
         self._entry = raw.view("<u4").reshape(-1).astype(np.int32)
-        stored = a["count"] / rounds if rounds else a["weight"].view(np.float16)
-        self._weight = stored.astype(np.float32)
+        raw = np.zeros((total, 4), np.uint8)
+        raw[:, 1:] = a["weight"].reshape(total, 3)
+        self._weight = raw.view("<f4").reshape(-1).astype(np.float32)
 
     def __len__(self) -> int:
         return len(self._row_at) - 1

@@ -60,16 +60,16 @@ def test_the_rows_are_those_that_a_student_would_see(sampled: Path, toy_corpus: 
 
 
 def test_draws_come_from_the_teachers_distribution(sampled: Path, exact: Callable[[Example], np.ndarray]) -> None:
-    """Over all answer tokens: the share of draws that hit the teacher's most probable token is its probability."""
+    """Over all answer tokens: the weight on the teacher's most probable token is its probability."""
     hit, expected, variance = 0.0, 0.0, 0.0
     for e in CachedRows(sampled).epoch(0):
         p = exact(e)
         assert e.soft is not None
-        assert np.allclose(e.soft.weights.sum(1), 1)
+        assert np.allclose(e.soft.weights.sum(1), 1, atol=5e-5)
         for row, ids, weights in zip(p, e.soft.ids, e.soft.weights, strict=True):
             hit += weights[ids == row.argmax()].sum()
             expected += row.max()
-            variance += row.max() * (1 - row.max()) / 50
+            variance += row.max() * (1 - row.max()) / 12
     assert abs(hit - expected) < 5 * variance**0.5
 
 
@@ -106,7 +106,7 @@ def test_the_manifest_tells_what_a_token_costs(sampled: Path) -> None:
     assert m["answer_tokens"] == sum(e.loss.count(True) for n in (0, 1) for e in CachedRows(sampled).epoch(n))  # type: ignore[union-attr]
     assert m["bytes"] == sum(f.stat().st_size for f in sampled.glob("*.tab"))
     assert m["bytes_per_answer_token"] == pytest.approx(m["bytes"] / m["answer_tokens"], abs=0.01)
-    assert 1 < m["entries_per_answer_token"] < 50
+    assert 1 < m["entries_per_answer_token"] <= 12
     assert m["mass_per_answer_token"] == pytest.approx(1, abs=1e-4)
     assert m["weight_per_answer_token"] == pytest.approx(1, abs=1e-4)
 
@@ -204,7 +204,7 @@ def test_another_training_file_is_told_and_no_error(sampled: Path, toy: Path, mo
 @pytest.mark.parametrize(
     ("sections", "why"),
     [
-        ({"cache": {"rounds": 50}}, r"cache\.rounds is for a cache that is made"),
+        ({"cache": {"k": 12}}, r"cache\.k is for a cache that is made"),
         ({"distill": {"init": "teacher"}}, r"distill\.init teacher takes a teacher's weights, which the cache"),
         ({"distill": {"init": "random", "control": "teacher"}}, r"distill\.control teacher takes .* teacher\.path"),
         ({"distill": {"init": "random", "temperature": 2.0}}, "made at temperature"),

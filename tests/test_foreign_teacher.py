@@ -290,7 +290,7 @@ def test_a_teacher_with_another_tokenizer_is_cached(
     assert rows.hard == (tokenizers == "sequence")
     for e in rows.epoch(0):
         assert e.soft is not None
-        assert (e.soft.weights.sum(1) <= 1 + 1e-6).all()
+        assert (e.soft.weights.sum(1) <= 1 + 3e-5).all()
     if tokenizers == "align":
         assert m["from_truth_per_answer_token"] < m["mass_per_answer_token"] < 1
         assert m["weight_per_answer_token"] == pytest.approx(m["mass_per_answer_token"], abs=0.05)
