@@ -182,15 +182,18 @@ def one_run(a: argparse.Namespace, setting: str, name: str, seed: int) -> None:
     write_json(out / "result.json", found)
 
 
-def spending(noted: Path, work: Callable[[], Any]) -> float:
-    """Core-seconds of some work, those of earlier tries that were cut off by an error included."""
+def spending(noted: Path, work: Callable[[], Any]) -> float | None:
+    """Core-seconds of some work, those of earlier tries that ended with an error included; None after one that was
+    killed, whose seconds nobody knows."""
     before = json.loads(noted.read_text()) if noted.exists() else 0.0
+    write_json(noted, None)
     began = time.process_time()
     try:
         work()
     finally:
-        write_json(noted, before + time.process_time() - began)
-    return float(json.loads(noted.read_text()))
+        spent = None if before is None else before + time.process_time() - began
+        write_json(noted, spent)
+    return spent
 
 
 def held_out(student_dir: Path, teacher_dir: Path, rows: corpus.Corpus) -> dict[str, float]:
@@ -248,7 +251,8 @@ def table(a: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             f"**{a.task}, {labels}**: {STUDENT['layers']} layers, width {STUDENT['hidden_size']}, {a.steps} steps of "
             f"1,024 tokens, {a.seeds} seeds, one teacher ({a.teacher_steps} steps, all labels). Exact calls in "
             f"percent; in brackets the difference to {REFERENCE} of the same seed, 95 % interval over seeds. "
-            "Core-seconds are of training, the teacher's passes and the answers to dev at its end included.\n",
+            "Core-seconds are of training, the teacher's passes and the answers to dev at its end included, of runs "
+            "that were never killed.\n",
             f"| student | {' | '.join(splits)} | dev CE | dev KL to the teacher | core-s |",
             f"|---|{'---|' * (len(splits) + 3)}",
         ]
@@ -257,8 +261,9 @@ def table(a: argparse.Namespace) -> tuple[str, dict[str, Any]]:
                 continue
             cells = [cell(runs, found.get(REFERENCE, {}), s) for s in splits]
             rest = [f"{statistics.mean(r[k] for r in runs.values()):.3f}" for k in ("dev_ce", "dev_kl")]
-            core_s = statistics.mean(r["core_s"] for r in runs.values())
-            lines.append(f"| {name} | {' | '.join(cells)} | {' | '.join(rest)} | {core_s:.0f} |")
+            core_s = [r["core_s"] for r in runs.values() if r["core_s"] is not None]
+            rest.append(f"{statistics.mean(core_s):.0f}" if core_s else "-")
+            lines.append(f"| {name} | {' | '.join(cells)} | {' | '.join(rest)} |")
         lines.append("")
     return "\n".join(lines), results
 

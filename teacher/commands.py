@@ -81,7 +81,7 @@ def cache(
 
     loaded = load(recipe, overrides)
     if loaded.cache is None:
-        raise GoriError(f"{recipe} has no section `cache`: write `cache: {{}}`, or give --set cache.k=12")
+        raise GoriError(f"{recipe} has no section `cache`: write `cache: {{}}`, or give --set cache.k=32")
     if loaded.cache.path:
         raise GoriError(f"cache.path {loaded.cache.path} names a finished cache: there is nothing to make")
     run_recipe(loaded, out, until="cache", ray=address if cluster else None)

@@ -69,7 +69,7 @@ def test_draws_come_from_the_teachers_distribution(sampled: Path, exact: Callabl
         for row, ids, weights in zip(p, e.soft.ids, e.soft.weights, strict=True):
             hit += weights[ids == row.argmax()].sum()
             expected += row.max()
-            variance += row.max() * (1 - row.max()) / 12
+            variance += row.max() * (1 - row.max()) / 32
     assert abs(hit - expected) < 5 * variance**0.5
 
 
@@ -106,7 +106,7 @@ def test_the_manifest_tells_what_a_token_costs(sampled: Path) -> None:
     assert m["answer_tokens"] == sum(e.loss.count(True) for n in (0, 1) for e in CachedRows(sampled).epoch(n))  # type: ignore[union-attr]
     assert m["bytes"] == sum(f.stat().st_size for f in sampled.glob("*.tab"))
     assert m["bytes_per_answer_token"] == pytest.approx(m["bytes"] / m["answer_tokens"], abs=0.01)
-    assert 1 < m["entries_per_answer_token"] <= 12
+    assert 1 < m["entries_per_answer_token"] <= 32
     assert m["mass_per_answer_token"] == pytest.approx(1, abs=1e-4)
     assert m["weight_per_answer_token"] == pytest.approx(1, abs=1e-4)
 
