@@ -38,7 +38,7 @@ def from_teacher(
     calibration: Sequence[Tensor],
     layers: Sequence[int] | None = None,
     *,
-    depth: Depth = "even",
+    depth: Depth = "perplexity",
     width: Width = "importance",
     score: Score = "use",
     how: How = "select",

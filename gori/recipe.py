@@ -176,7 +176,7 @@ class Distill(Section):
     init: Literal["teacher", "random"] = "teacher"
     layers: list[int] | None = None
     """Teacher layers that the student takes; null: as `depth` says."""
-    depth: Literal["perplexity", "even", "influence"] = "even"
+    depth: Literal["perplexity", "even", "influence"] = "perplexity"
     """Layers that the teacher misses most, evenly spaced ones, or those that change the residual stream most."""
     width: Literal["importance", "pca"] = "importance"
     """Dimensions of the residual stream that are used most, or its principal directions (needs an untied head)."""
