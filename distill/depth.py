@@ -83,8 +83,7 @@ def without_each(
         targets = ids_BT[:, 1:][wanted_BT]
         counted += len(targets)
         x_BTD = teacher.embed_tokens(ids_BT)
-        rope = teacher.rope(torch.arange(ids_BT.shape[1], device=ids_BT.device).unsqueeze(0))
-        rope = (rope[0].to(x_BTD.dtype), rope[1].to(x_BTD.dtype))
+        rope = teacher.rope_of(x_BTD)
         for i, block in enumerate(blocks):
             y_BTD = x_BTD
             for later in blocks[i + 1 :]:

@@ -240,9 +240,18 @@ def first_weights(
     # queries and keys are turned as the source turns its own
     cfg = replace(cfg, rope_theta=source.cfg.rope_theta, rope_scaling=source.cfg.rope_scaling)
     model = fresh(cfg, False, seed + 1)  # every weight is taken
-    d = distill
-    ways: dict[str, Any] = {"depth": d.depth, "width": d.width, **d.experts.model_dump()}
-    return model, from_teacher(model, source, sample.ids, d.layers, answers=sample.answers, **ways)
+    taken = from_teacher(
+        model,
+        source,
+        sample.ids,
+        distill.layers,
+        depth=distill.depth,
+        width=distill.width,
+        score=distill.experts.score,
+        how=distill.experts.how,
+        answers=sample.answers,
+    )
+    return model, taken
 
 
 def _inside(

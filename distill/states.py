@@ -100,5 +100,4 @@ def _projections(model: Decoder, layer: int, x_BTD: Tensor) -> tuple[Tensor, Ten
     """Queries, keys (both rotated) and values of a layer, computed once more from what entered it."""
     block = model.layers[layer]
     assert isinstance(block, Block)
-    rope = model.rope(torch.arange(x_BTD.shape[1], device=x_BTD.device).unsqueeze(0))
-    return block.self_attn.qkv(block.input_layernorm(x_BTD), rope)
+    return block.self_attn.qkv(block.input_layernorm(x_BTD), model.rope_of(x_BTD))

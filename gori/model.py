@@ -314,6 +314,11 @@ class Decoder(nn.Module):
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos(), angles.sin()
 
+    def rope_of(self, x_BTD: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
+        """`rope` of a stream's positions, the first of which is `start`, in its dtype."""
+        cos, sin = self.rope(torch.arange(start, start + x_BTD.shape[1], device=x_BTD.device).unsqueeze(0))
+        return cos.to(x_BTD.dtype), sin.to(x_BTD.dtype)
+
     def hidden(
         self,
         ids_BT: Tensor,
@@ -329,12 +334,11 @@ class Decoder(nn.Module):
         the experts' balance counts those of them that are valid. `states` gets what enters each layer, `[B, T, D]`.
         """
         start, T = (cache.length if cache else 0), ids_BT.shape[1]
-        positions = torch.arange(start, start + T, device=ids_BT.device).unsqueeze(0)
-        rope, mask = self.rope(positions), None
+        mask = None
         if start:
             mask = torch.ones(T, start + T, dtype=torch.bool, device=ids_BT.device).tril(start)
         x_BTD = self.embed_tokens(ids_BT)
-        rope = (rope[0].to(x_BTD.dtype), rope[1].to(x_BTD.dtype))
+        rope = self.rope_of(x_BTD, start)
         last = len(self.layers) - 1
         for i, block in enumerate(self.layers):
             if states is not None:
@@ -370,10 +374,13 @@ class Decoder(nn.Module):
         routed = [m.routed_2E for m in self.moe_layers() if m.routed_2E is not None]
         if not routed:
             return None
+        routed_L2E = torch.stack(routed)
+        if self.over_ranks is not None:
+            routed_L2E = self.over_ranks(routed_L2E)
         losses, loads = [], []
-        for load_E, probs_E in torch.stack(routed) if self.over_ranks is None else self.over_ranks(torch.stack(routed)):
-            share_E = load_E.detach() / load_E.detach().sum()
-            tokens = load_E.detach().sum() / self.cfg.experts_per_token
+        for load_E, probs_E in zip(routed_L2E[:, 0].detach(), routed_L2E[:, 1], strict=True):
+            share_E = load_E / load_E.sum()
+            tokens = load_E.sum() / self.cfg.experts_per_token
             losses.append(self.cfg.experts * (share_E * (probs_E / tokens)).sum())
             loads.append(share_E)
         return torch.stack(losses).mean(), torch.stack(loads)

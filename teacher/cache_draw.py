@@ -42,9 +42,9 @@ def draw(probs_AV: Tensor, uniform_A: Tensor, k: int) -> Drawn:
     A token is taken with probability min(1, p / t), and then weighs max(p, t), where t is such that n are taken: those
     above t always, with their own probability, and of the others n - h, all with the weight t. No other n entries
     without bias have as small a sum of variances (VarOpt: Cohen et al., arXiv 0803.0473, section 2); they are drawn
-    systematically, along one uniform number (Madow 1949). n is k, or as few as leave REST to the last of them. Weights
-    sum to what the probabilities sum to; what these lack to 1 is drawn too, as no entry. Rounded by at most 2^-17 of
-    themselves, as they are stored.
+    systematically, along one uniform number (Madow 1949). n is k, or as few as leave REST to the last of them. What the
+    probabilities lack to 1 is drawn too, as no entry; with it weights sum to 1. Rounded by at most 2^-16 of themselves,
+    as they are stored.
     """
     rows = _chunks(len(probs_AV), probs_AV.shape[1])
     return _join([_draw(probs_AV[r], uniform_A[r], k) for r in rows])
@@ -67,15 +67,15 @@ def _draw(p: Tensor, uniform: Tensor, k: int) -> Drawn:
     drawn = torch.searchsorted(tail, (uniform.double().unsqueeze(1) + place - certain) * each, right=True)
     ids = torch.where(is_certain, ids, drawn.clamp(max=V))
     weight = torch.where(is_certain, value, each)
-    return _drawn(p, ids, _stored(weight, 0x80) * ((place < count) & (ids < V)), mass)
+    return _drawn(p, ids, _stored(weight) * ((place < count) & (ids < V)), mass)
 
 
-def _stored(weight: Tensor, add: int) -> Tensor:
-    """float32 whose last 8 bits are zero: rounded to the nearest with `add` 0x80, down with 0."""
+def _stored(weight: Tensor, down: bool = False) -> Tensor:
+    """float32 whose last 8 bits are zero: rounded to the nearest, or down."""
     near = weight.float()
-    if not add:
+    if down:
         near = torch.where(near.double() > weight, torch.nextafter(near, torch.zeros_like(near)), near)
-    return ((near.view(torch.int32) + add) & -256).view(torch.float32)
+    return ((near.view(torch.int32) + (0 if down else 0x80)) & -256).view(torch.float32)
 
 
 def largest(probs_AV: Tensor, k: int) -> Drawn:
@@ -85,7 +85,7 @@ def largest(probs_AV: Tensor, k: int) -> Drawn:
     for rows in _chunks(len(probs_AV), probs_AV.shape[1]):
         p = probs_AV[rows].double()
         value, ids = p.topk(min(k, p.shape[1]), dim=-1)
-        parts.append(_drawn(p, ids, _stored(value, 0), p.sum(-1)))
+        parts.append(_drawn(p, ids, _stored(value, down=True), p.sum(-1)))
     return _join(parts)
 
 

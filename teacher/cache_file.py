@@ -64,13 +64,11 @@ class Shard(Sequence[Example]):
         self._entries = a["entries"]
         self._entry_at = np.concatenate(([0], np.cumsum(self._entries, dtype=np.int64)))
         total = int(self._entry_at[-1])
-        raw = np.zeros((total, 4), np.uint8)
         width = 2 if a["vocab"][0] <= 1 << 16 else 3
-        raw[:, :width] = a["entry"].reshape(total, width)
-        self._entry = raw.view("<u4").reshape(-1).astype(np.int32)
-        raw = np.zeros((total, 4), np.uint8)
-        raw[:, 1:] = a["weight"].reshape(total, 3)
-        self._weight = raw.view("<f4").reshape(-1).astype(np.float32)
+        entry = np.pad(a["entry"].reshape(total, width), ((0, 0), (0, 4 - width)))
+        weight = np.pad(a["weight"].reshape(total, 3), ((0, 0), (1, 0)))
+        self._entry = entry.view("<u4").reshape(-1).astype(np.int32)
+        self._weight = weight.view("<f4").reshape(-1).astype(np.float32)
 
     def __len__(self) -> int:
         return len(self._row_at) - 1
