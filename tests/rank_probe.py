@@ -17,12 +17,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gori import corpus
 from gori.data import Example
 from gori.distill.objective import Draws, divergence_loss
+from gori.distill.stage import train_student
 from gori.errors import GoriError
 from gori.evaluate import batched
 from gori.model import Decoder, ModelConfig
 from gori.ranks import barrier, current, joined
+from gori.recipe import Distill, Student
 from gori.teacher import sharding
 from gori.teacher.sharding import whole_tensors
 from gori.teacher.stage import answer_loss
@@ -174,6 +177,16 @@ def fail(rank: int, directory: Path) -> None:
         model, examples, refusing, settings, seed=1, pad=0, label="fails", evaluate=evaluate,
         state=directory / "fails.pt", fingerprint="fails",
     )  # fmt: skip
+
+
+def draw_with_a_large_student(directory: Path, toy: Path, tokenizer: Path) -> None:
+    """An on-policy student whose weights no rank may hold at once."""
+    rows = corpus.read(toy / "train.jsonl", toy / "dev.jsonl", [toy / "test.jsonl"], toy / "tools.json")
+    shape = {"hidden_size": 32, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 16, "intermediate_size": 48}
+    student = Student.model_validate({**shape, "max_position": 200, "induction": False})
+    distill = Distill.model_validate({"init": "random", "on_policy": {}, "train": {"steps": 1, "batch_tokens": 99}})
+    with mock.patch.object(sharding, "WHOLE_BYTES", 0):
+        train_student(student, distill, directory / "teacher", rows, tokenizer, 0, directory / "distill")
 
 
 def _begin(rank: int, world: int, port: int, directory: Path, work: Any, arguments: tuple[Any, ...]) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from rank_probe import CASES, check_same, fail, run_and_cut, start, train_case
+from rank_probe import CASES, DENSE, check_same, draw_with_a_large_student, fail, run_and_cut, start, train_case
+
+from decoders import random_decoder
+from gori import checkpoint
+from gori.tokenizer import Tokenizer
 
 EXACT = [c for c in CASES if c not in ("bf16", "experts over all")]
 
@@ -61,3 +66,16 @@ def test_an_error_of_one_rank_ends_both_with_its_sentence_alone(rank: int, tmp_p
     assert codes == [1, 1]
     assert "GoriError: this row is refused" in said[rank]
     assert "Traceback" not in said[1 - rank]
+
+
+def test_on_policy_steps_of_a_student_that_no_rank_may_hold_are_refused(
+    toy: Path, toy_tokenizer: Path, tmp_path: Path
+) -> None:
+    vocabulary = Tokenizer.load(toy_tokenizer).vocab_size
+    (tmp_path / "teacher").mkdir()
+    checkpoint.save(random_decoder(dataclasses.replace(DENSE, vocab_size=vocabulary)), tmp_path / "teacher")
+    codes = start(2, tmp_path, draw_with_a_large_student, tmp_path, toy, toy_tokenizer)
+    said = "".join((tmp_path / f"rank-{r}.txt").read_text() for r in (0, 1))
+    assert codes == [1, 1]
+    assert "GoriError: on-policy steps under torchrun hold the student whole on every rank" in said
+    assert not (tmp_path / "distill").exists()
