@@ -4,11 +4,12 @@ on-policy steps, a cache in the teacher's place, experts selected or merged, a p
     python benchmarks/distillation.py --task snips --data DIR --seeds 5 --out OUT
     python benchmarks/distillation.py --task incar --seeds 5 --out OUT --variants random+CE,init+KD --settings few
 
-Every student has the same shape, steps, batch tokens and rates; only what the table names differs. One teacher, trained
-on all labels, serves every student; `few` students see the labels of --few rows alone, and the other rows as
-utterances that nobody labelled (which is what `unlabelled` uses in both settings). A run that is done is not run
-again; two processes of one thread work at once. Writes OUT/results.json and OUT/table.md: means over seeds, and of the
-difference to random+CE with the same seed the 95 % interval of Student's t over seeds.
+Every student has the same shape, steps and batch tokens; only what the table names differs. `NAME @0.1` trains NAME at
+a tenth of the rates: a student that starts from its teacher needs lower ones than one from random weights. One teacher,
+trained on all labels, serves every student; `few` students see the labels of --few rows alone, and the other rows as
+utterances that nobody labelled (which is what `unlabelled` uses in both settings). A run that is done is not run again.
+Writes OUT/results.json and OUT/table.md: means over seeds, and of the difference to random+CE with the same seed the
+95 % interval of Student's t over seeds.
 """
 
 from __future__ import annotations
@@ -42,9 +43,15 @@ CE = {"losses": {"ce": 1.0}}
 NARROW = {"hidden_size": 96, "tied": False}
 """Untied, since principal directions need a head of their own."""
 DRAWN = {"on_policy": {"share": 0.3, "start": 0.3}}
+SMALL = {"layers": 3, "intermediate_size": 48}
+MINITRON = {"fit": False, "experts": {"how": "select"}}
+"""Whole experts, neurons by their activation, and nothing fitted."""
 VARIANTS: dict[str, dict[str, Any]] = {
+    "teacher": {"model": "teacher"},
+    "dense teacher": {"model": "dense-teacher"},
     "random+CE": {"init": "random", **CE},
     "random+KD": {"init": "random", **KD},
+    "init": {**KD, "steps": 1},
     "init+CE": CE,
     "init+KD": KD,
     "init+KD+unlabelled": {**KD, "unlabelled": "teacher"},
@@ -53,22 +60,33 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "init+KD+asked": {**KD, **DRAWN, "unlabelled": "student"},
     "init+KD cached": {**KD, "cached": True},
     "random+KD cached": {"init": "random", **KD, "cached": True},
-    "init+KD by output": {**KD, "experts": {"score": "output"}},
+    "init+KD unfitted": {**KD, "fit": False},
+    "init+KD selected": {**KD, **MINITRON},
+    "init+KD by output": {**KD, "experts": {"how": "select", "score": "output"}},
     "init+KD merged": {**KD, "experts": {"how": "merge"}},
-    "shallow random+KD": {"init": "random", **KD, "student": SHALLOW},
-    "shallow init+KD even": {**KD, "depth": "even", "student": SHALLOW},
-    "shallow init+KD influence": {**KD, "depth": "influence", "student": SHALLOW},
-    "shallow init+KD perplexity": {**KD, "depth": "perplexity", "student": SHALLOW},
     "init+KD hidden": {"losses": {**KD["losses"], "hidden": 0.1}},
     "init+KD attention": {"losses": {**KD["losses"], "attention": 0.1}},
     "init+jsd": {"losses": {"jsd@0.3": 0.5, "ce": 0.5}},
     "init+skew": {"losses": {"skew_kl@0.1": 0.5, "ce": 0.5}},
     "init+KD progressive": {**KD, "way": {"layers": 4, "hidden_size": 128, "intermediate_size": 288}},
+    "dense init": {**KD, "dense": True, "steps": 1},
+    "dense init+CE": {**CE, "dense": True},
+    "dense init+KD": {**KD, "dense": True},
+    "dense init+KD unfitted": {**KD, **MINITRON, "dense": True},
+    "small random+KD": {"init": "random", **KD, "student": SMALL},
+    "small init": {**KD, "student": SMALL, "steps": 1},
+    "small init+KD": {**KD, "student": SMALL},
+    "small init+KD selected": {**KD, **MINITRON, "student": SMALL},
+    "small dense init+KD": {**KD, "dense": True, "student": SMALL},
+    "small dense init+KD unfitted": {**KD, **MINITRON, "dense": True, "student": SMALL},
+    "shallow random+KD": {"init": "random", **KD, "student": SHALLOW},
+    "shallow init+KD even": {**KD, "depth": "even", "student": SHALLOW},
+    "shallow init+KD influence": {**KD, "depth": "influence", "student": SHALLOW},
+    "shallow init+KD perplexity": {**KD, "depth": "perplexity", "student": SHALLOW},
     "narrow random+KD": {"init": "random", **KD, "student": NARROW},
     "narrow init+KD": {**KD, "student": NARROW},
     "narrow init+KD pca": {**KD, "width": "pca", "student": NARROW},
-    "dense init+CE": {**CE, "dense": True},
-    "dense init+KD": {**KD, "dense": True},
+    "narrow init+KD pca unfitted": {**KD, "width": "pca", "fit": False, "student": NARROW},
 }
 REFERENCE = "random+CE"
 
@@ -85,14 +103,22 @@ def recipe_of(a: argparse.Namespace) -> Recipe:
     return parse(body, "the benchmark")
 
 
+def variant_of(name: str) -> tuple[dict[str, Any], float]:
+    """What a name says, and the factor of its rates: "init+KD @0.1"."""
+    plain, _, factor = name.partition(" @")
+    return VARIANTS[plain], float(factor or 1)
+
+
 def distill_of(a: argparse.Namespace, name: str, said: Path) -> Distill:
-    body = {k: v for k, v in VARIANTS[name].items() if k not in ("cached", "dense", "way", "student")}
+    variant, factor = variant_of(name)
+    body = {k: v for k, v in variant.items() if k not in ("cached", "dense", "way", "student", "steps")}
     if body.get("unlabelled"):
         body["unlabelled"] = {"files": [str(said)], "answers": body["unlabelled"]}
-    steps = a.steps
-    if way := VARIANTS[name].get("way"):  # half of the steps are the larger student's
+    steps = variant.get("steps", a.steps)
+    if way := variant.get("way"):  # half of the steps are the larger student's
         body["progressive"], steps = [{**way, "steps": steps // 2}], steps - steps // 2
-    train = {**RATES[a.task], "steps": steps, "batch_tokens": 1024, "muon_steps": 4, "threads": 1}
+    rates = {k: v * factor if k.endswith("_lr") else v for k, v in RATES[a.task].items()}
+    train = {**rates, "steps": steps, "batch_tokens": 1024, "muon_steps": 4, "threads": 1}
     return Distill.model_validate({**body, "train": train, "control": "none"})
 
 
@@ -106,8 +132,8 @@ def prepare(a: argparse.Namespace) -> None:
     recipe, base = recipe_of(a), a.out / "base"
     run_recipe(recipe, base, until="teacher")
     whole = corpus_of(a, None)
-    wanted = [VARIANTS[v] for v in a.variants]
-    if any(v.get("dense") for v in wanted):
+    wanted = [variant_of(v)[0] for v in a.variants]
+    if any(v.get("dense") or v.get("model") == "dense-teacher" for v in wanted):
         train = {**recipe.teacher.train.model_dump(exclude={"tokens", "sequence", "expert_parallel"})}
         section = Distill.model_validate({"init": "random", **CE, "train": train})
         wide = Student.model_validate({**SHAPE, "intermediate_size": DENSE_WIDTH})
@@ -159,7 +185,7 @@ def one_run(a: argparse.Namespace, setting: str, name: str, seed: int) -> None:
         return
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
-    home, base, variant = a.out / setting, a.out / "base", VARIANTS[name]
+    home, base, variant = a.out / setting, a.out / "base", variant_of(name)[0]
     if variant.get("unlabelled") == "teacher" and not (out / "student-answers").exists():
         shutil.copytree(home / "answers", out / "student-answers")
     rows = corpus_of(a, setting)
@@ -173,12 +199,16 @@ def one_run(a: argparse.Namespace, setting: str, name: str, seed: int) -> None:
         home / "cache" if variant.get("cached") else None,
     )
     shape = Student.model_validate({**STUDENT, **variant.get("student", {})})
-    core_s = spending(
-        out / "core_s.json", lambda: train_student(shape, distill_of(a, name, home / "said.jsonl"), *places)
-    )
-    answers = evaluate_model(out / "student", rows.tests, rows.functions, name, threads=1)
+    model, core_s = out / "student", None
+    if "model" in variant:
+        model = base / variant["model"]
+    else:
+        core_s = spending(
+            out / "core_s.json", lambda: train_student(shape, distill_of(a, name, home / "said.jsonl"), *places)
+        )
+    answers = evaluate_model(model, rows.tests, rows.functions, name, threads=1)
     exact = {s: statistics.mean(r["exact"] for r in answers if r["split"] == s) for s in rows.tests}
-    found = {"exact": exact, "core_s": core_s, **held_out(out / "student", base / "teacher", rows)}
+    found = {"exact": exact, "core_s": core_s, **held_out(model, base / "teacher", rows)}
     write_json(out / "result.json", found)
 
 
@@ -288,20 +318,27 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=30000, help="training rows of the in-car task")
     parser.add_argument("--test-rows", type=int, default=300, help="rows of each of its test splits")
     parser.add_argument("--cache-epochs", type=int, default=20, help="as many as a student sees")
+    parser.add_argument("--at-once", type=int, default=2, help="students trained at the same time, a thread each")
     parser.add_argument("--out", type=Path, required=True)
     a = parser.parse_args()
     a.settings, a.variants = a.settings.split(","), a.variants.split(",")
-    if unknown := [v for v in a.variants if v not in VARIANTS]:
+    if unknown := [v for v in a.variants if v.partition(" @")[0] not in VARIANTS]:
         parser.error(f"unknown variant {unknown[0]}: choose from {', '.join(VARIANTS)}")
     if a.task == "snips" and a.data is None:
         parser.error("--task snips needs --data")
     prepare(a)
     # seed by seed, so that a run that is cut off leaves whole rows of the table
-    todo = [(a, s, v, seed) for seed in range(a.seeds) for s in a.settings for v in a.variants]
+    todo = [
+        (a, s, v, seed)
+        for seed in range(a.seeds)
+        for s in a.settings
+        for v in a.variants
+        if not (seed and "model" in variant_of(v)[0])
+    ]
     jobs = [(one_run, job) for job in todo if not (run_dir(*job) / "result.json").exists()]
     console.log(f"{len(jobs)} of {len(todo)} students to train")
     if jobs:
-        together(jobs, share=1, at_once=2)
+        together(jobs, share=1, at_once=a.at_once)
     text, results = table(a)
     write_json(a.out / "results.json", {"settings": {k: str(v) for k, v in vars(a).items()}, "results": results})
     (a.out / "table.md").write_text(text + "\n", encoding="utf-8")

@@ -25,8 +25,8 @@ Width = Literal["importance", "pca"]
 class Seen:
     """What the teacher did with the calibration tokens."""
 
-    mlp_inputs: list[Tensor]
-    """Of each layer, normed, [N, D']."""
+    importance: Tensor
+    """[D']: mean |normed input of the MLP| of each dimension, summed over layers (Minitron, section 2.2)."""
     influence: list[float]
     """Of each layer: 1 - mean cosine of what enters and what leaves it, block influence (ShortGPT, arXiv 2403.03853,
     eq. 1; Minitron, arXiv 2407.14679, section 2.2)."""
@@ -37,10 +37,10 @@ class Seen:
 @torch.no_grad()
 def observe(teacher: Decoder, calibration: Sequence[Tensor], width: Width) -> Seen:
     """Run the calibration batches (token ids int64 `[B, T]`, unpadded) through the teacher."""
-    inputs: list[list[Tensor]] = [[] for _ in teacher.layers]
     cosines: list[list[Tensor]] = [[] for _ in teacher.layers]
     sums: dict[str, Tensor] = {}
     N = sum(ids.numel() for ids in calibration)
+    importance = torch.zeros(teacher.cfg.hidden_size)
 
     def of_norm(name: str) -> Any:
         def keep(_: nn.Module, given: tuple[Tensor, ...]) -> None:
@@ -50,8 +50,8 @@ def observe(teacher: Decoder, calibration: Sequence[Tensor], width: Width) -> Se
 
         return keep
 
-    def of_mlp(i: int) -> Any:
-        return lambda _, given: inputs[i].append(given[0].flatten(0, 1))
+    def of_mlp(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        importance.add_(given[0].flatten(0, 1).abs().sum(0) / N)
 
     def of_block(i: int) -> Any:
         return lambda _, given, out: cosines[i].append(F.cosine_similarity(given[0], out, dim=-1).flatten())
@@ -60,13 +60,13 @@ def observe(teacher: Decoder, calibration: Sequence[Tensor], width: Width) -> Se
     for i, block in enumerate(teacher.layers):
         assert isinstance(block, Block)
         hooks.append(block.register_forward_hook(of_block(i)))
-        hooks.append(block.mlp.register_forward_pre_hook(of_mlp(i)))
+        hooks.append(block.mlp.register_forward_pre_hook(of_mlp))
         for name in ("input_layernorm", "post_attention_layernorm"):
             hooks.append(getattr(block, name).register_forward_pre_hook(of_norm(f"layers.{i}.{name}")))
     with removed(hooks):
         for ids in calibration:
             teacher.hidden(ids)
-    return Seen([torch.cat(x) for x in inputs], [1 - float(torch.cat(c).mean()) for c in cosines], sums)
+    return Seen(importance, [1 - float(torch.cat(c).mean()) for c in cosines], sums)
 
 
 @contextmanager
@@ -84,9 +84,8 @@ def basis_of(seen: Seen, size: int, width: Width) -> Tensor:
     section 2.2), as unit vectors. pca: the directions with the largest mean square in the streams that the norms read
     (SliceGPT, arXiv 2401.15024, section 3.3), one basis for all layers, so that blocks need no matrix between them."""
     if width == "importance":
-        importance = torch.stack([x.abs().mean(0) for x in seen.mlp_inputs]).sum(0)
-        kept = importance.topk(size).indices.sort().values
-        return F.one_hot(kept, len(importance)).T.float()
+        kept = seen.importance.topk(size).indices.sort().values
+        return F.one_hot(kept, len(seen.importance)).T.float()
     moment = torch.stack(list(seen.moments.values())).double().mean(0)
     return torch.linalg.eigh(moment).eigenvectors.flip(1)[:, :size].float().contiguous()
 

@@ -1,4 +1,5 @@
-"""A dense MLP made of a teacher's: its strongest neurons, or those of a mixture's experts, selected or merged.
+"""What a dense MLP can be made of: a teacher's most important neurons, those of a mixture's experts all together, or of
+experts selected or merged.
 
 Knows nothing of residual width, which is cut afterwards. Shapes in names: N calibration tokens, D width, I MLP width of
 one expert, E experts.
@@ -17,7 +18,7 @@ from torch import Tensor
 from gori.model import MLP, MoE
 
 Score = Literal["use", "output"]
-How = Literal["select", "merge"]
+How = Literal["neurons", "select", "merge"]
 
 
 class Neurons(NamedTuple):
@@ -53,20 +54,46 @@ class Routing:
         return total / total.sum()
 
 
-def dense_neurons(
-    mlp: MLP | MoE, x_ND: Tensor, width: int, score: Score = "use", how: How = "select"
-) -> tuple[Neurons, dict[str, object]]:
-    """`width` neurons that do nearest what a layer's MLP does with its inputs x, and where they are from."""
+@dataclass(frozen=True)
+class Candidates:
+    """Neurons that a dense MLP may be made of."""
+
+    neurons: Neurons
+    group: Tensor
+    """[I] int64: of neurons with the same number the outputs are scaled alike."""
+    report: dict[str, object]
+    """Where they are from."""
+
+    def taken(self, rows: Tensor) -> Candidates:
+        """Some of them; groups are numbered anew."""
+        group = self.group[rows].unique(return_inverse=True)[1]
+        return Candidates(self.neurons.taken(rows), group, self.report)
+
+
+def candidates(
+    mlp: MLP | MoE, x_ND: Tensor, width: int, score: Score = "use", how: How = "neurons", *, spare: int = 1
+) -> Candidates:
+    """Of a layer whose MLP has inputs x: the `width * spare` ones with the largest mean |activation| (weighted by the
+    router, where there is one) times the norm of what they write: activation importance (Minitron, arXiv 2407.14679,
+    section 2.2). Of a mixture's selected or merged experts just `width`."""
     if isinstance(mlp, MLP):
         every = Neurons(*(m.weight.detach() for m in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)))
-        return every.taken(_strongest(x_ND, every, width)), {"neurons": width, "of": len(every.gate)}
-    return _from_experts(mlp, x_ND, width, score, how)
+        rows = _strongest(x_ND, every, width * spare)
+        return Candidates(every.taken(rows), torch.zeros(len(rows), dtype=torch.int64), {"of": len(every.gate)})
+    if how == "neurons":
+        return _from_all_experts(mlp, x_ND, width * spare)
+    return _from_few_experts(mlp, x_ND, width, score, how)
 
 
-def _strongest(x_ND: Tensor, of: Neurons, width: int) -> Tensor:
-    """Indices of the neurons with the largest mean |activation| times the norm of what they write: activation
-    importance (Minitron, arXiv 2407.14679, section 2.2) with the weight that a neuron's output has."""
-    return (of.activation(x_ND).abs().mean(0) * of.down.norm(dim=0)).topk(width).indices.sort().values
+def _strongest(x_ND: Tensor, of: Neurons, count: int) -> Tensor:
+    """Indices of the most important neurons, all where there are not as many."""
+    importance = _importance(x_ND, of, x_ND.new_ones(len(x_ND)))
+    return importance.topk(min(count, len(importance))).indices.sort().values
+
+
+def _importance(x_ND: Tensor, of: Neurons, weight_N: Tensor) -> Tensor:
+    """[I], a sum over tokens that have weights."""
+    return (weight_N @ of.activation(x_ND).abs()) * of.down.norm(dim=0)
 
 
 def expert(moe: MoE, e: int) -> Neurons:
@@ -74,9 +101,29 @@ def expert(moe: MoE, e: int) -> Neurons:
     return Neurons(gate, up, moe.experts.down[e].detach())
 
 
-def _from_experts(moe: MoE, x_ND: Tensor, width: int, score: Score, how: How) -> tuple[Neurons, dict[str, object]]:
-    """The experts with the highest scores, whole, the last one cut to its strongest neurons; every expert's output is
-    scaled by the factor that brings the dense sum nearest to the mixture's output (least squares over tokens)."""
+def joined(parts: Sequence[Neurons]) -> Neurons:
+    return Neurons(
+        torch.cat([p.gate for p in parts]), torch.cat([p.up for p in parts]), torch.cat([p.down for p in parts], dim=1)
+    )
+
+
+def _from_all_experts(moe: MoE, x_ND: Tensor, count: int) -> Candidates:
+    """The most important neurons of all experts together, each counted where its expert was chosen."""
+    seen = routing(moe, x_ND)
+    found = []
+    for e in range(moe.cfg.experts):  # one at a time: a large mixture's activations are far more than its inputs
+        rows = seen.weight_NE[:, e] > 0
+        found.append(_importance(x_ND[rows], expert(moe, e), seen.weight_NE[rows, e]))
+    I = moe.cfg.intermediate_size  # noqa: E741
+    importance = torch.stack(found)
+    kept = importance.flatten().topk(min(count, importance.numel())).indices.sort().values
+    group = kept // I
+    parts = [expert(moe, e).taken(kept[group == e] % I) for e in range(moe.cfg.experts)]
+    return Candidates(joined(parts), group.unique(return_inverse=True)[1], {"of": importance.numel()})
+
+
+def _from_few_experts(moe: MoE, x_ND: Tensor, width: int, score: Score, how: How) -> Candidates:
+    """The experts with the highest scores, whole, the last one cut to its most important neurons."""
     seen = routing(moe, x_ND)
     I = moe.cfg.intermediate_size  # noqa: E741
     scores_E = seen.use if score == "use" else output_scores(moe, x_ND, seen)
@@ -88,19 +135,12 @@ def _from_experts(moe: MoE, x_ND: Tensor, width: int, score: Score, how: How) ->
     for group in groups:
         whole = merged([expert(moe, e) for e in group], seen.use[group])
         parts.append(whole.taken(_strongest(x_ND, whole, min(I, width - sum(len(p.gate) for p in parts)))))
-    outputs = [p.activation(x_ND) @ p.down.T for p in parts]
-    scales = _least_squares(outputs, moe(x_ND.unsqueeze(0))[0])
-    neurons = Neurons(
-        torch.cat([p.gate for p in parts]),
-        torch.cat([p.up for p in parts]),
-        torch.cat([p.down * s for p, s in zip(parts, scales, strict=True)], dim=1),
-    )
-    taken: dict[str, object] = {
+    report: dict[str, object] = {
         "experts": chosen,
         "share_of_routing": round(float(seen.use[[e for g in groups for e in g]].sum()), 4),
-        "scales": [round(float(s), 4) for s in scales],
+        **({"merged": groups} if how == "merge" else {}),
     }
-    return neurons, taken | ({"merged": groups} if how == "merge" else {})
+    return Candidates(joined(parts), torch.cat([torch.full((len(p.gate),), i) for i, p in enumerate(parts)]), report)
 
 
 def routing(moe: MoE, x_ND: Tensor) -> Routing:
@@ -143,11 +183,3 @@ def merged(group: Sequence[Neurons], use: Tensor) -> Neurons:
         order = torch.as_tensor(linear_sum_assignment(fit.numpy(), maximize=True)[1])
         total = [a + s * b for a, b in zip(total, other.taken(order), strict=True)]
     return Neurons(*total)
-
-
-def _least_squares(outputs: list[Tensor], wanted: Tensor) -> Tensor:
-    """Scales s minimising |sum_e s_e outputs_e - wanted|², in float64 with a little ridge."""
-    A = torch.stack([o.flatten() for o in outputs], dim=1).double()
-    gram = A.T @ A
-    ridge = 1e-6 * gram.diagonal().mean() * torch.eye(len(outputs), dtype=torch.float64)
-    return torch.linalg.solve(gram + ridge, A.T @ wanted.flatten().double()).float()

@@ -5,18 +5,20 @@ Knows nothing of training. The teacher is a gori decoder; a few calibration batc
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from gori.distill.basis import Seen, Width, basis_of, norm_scale, observe
+from gori import console
+from gori.distill.basis import Width, basis_of, observe
+from gori.distill.cut import Copy, Layer, Streams, take_layer
 from gori.distill.depth import Depth, Dropped, evenly_spaced, least_missed, most_influential
-from gori.distill.experts import How, Score, dense_neurons
+from gori.distill.experts import How, Score
 from gori.errors import GoriError
-from gori.model import MLP, Block, Decoder, ModelConfig
-from gori.norm import RMSNorm
+from gori.model import Decoder, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,17 @@ def from_teacher(
     depth: Depth = "perplexity",
     width: Width = "importance",
     score: Score = "use",
-    how: How = "select",
+    how: How = "neurons",
+    fit: bool = True,
     answers: Sequence[Tensor] = (),
 ) -> Taken:
     """Fill the student in place.
 
     calibration: token ids int64 `[B, T]`, unpadded; answers: bool `[B, T]`, those whose loss counts in `perplexity`,
-    none: all. `layers`: the teacher layers to take, in place of what `depth` chooses. With width "pca" every norm's
-    scale goes into the matrices that read it and the stream is turned, which changes nothing as long as no dimension is
-    left out; a tied head cannot take the last norm's scale.
+    none: all. `layers`: the teacher layers to take, in place of what `depth` chooses. `fit`: what attention and MLP
+    write is fitted to the teacher's stream by least squares, and neurons are chosen for it (gori.distill.fit). With
+    width "pca" every norm's scale goes into the matrices that read it and the stream is turned, which changes nothing
+    as long as no dimension is left out; a tied head cannot take the last norm's scale.
     """
     if width == "pca" and student.cfg.tied:
         raise GoriError("width pca needs a head of its own: set student.tied to false, or take width importance")
@@ -64,25 +68,17 @@ def from_teacher(
     elif layers is None:
         layers = evenly_spaced(student.cfg.layers, teacher.cfg.layers)
     basis = basis_of(seen, student.cfg.hidden_size, width)
-    copy = _Copy(basis, width == "pca", seen)
+    copy = Copy(basis, width == "pca", seen)
     student.embed_tokens.weight.copy_(_weight(teacher.embed_tokens) @ basis)  # type: ignore[union-attr,operator]
     if not student.cfg.tied:
         _weight(student.lm_head).copy_(copy.reading(_weight(teacher.head), teacher.norm))
     copy.norm(student.norm, teacher.norm, "norm")
     report: list[dict[str, object]] = []
-    for target, source in zip(student.layers, layers, strict=True):
-        old = teacher.layers[source]
-        assert isinstance(target, Block)
-        assert isinstance(old, Block)
-        groups = _copy_attention(target, old, copy)
-        neurons, taken = dense_neurons(old.mlp, seen.mlp_inputs[source], student.cfg.intermediate_size, score, how)
-        assert isinstance(target.mlp, MLP)
-        target.mlp.gate_proj.weight.copy_(copy.reading(neurons.gate, old.post_attention_layernorm))
-        target.mlp.up_proj.weight.copy_(copy.reading(neurons.up, old.post_attention_layernorm))
-        target.mlp.down_proj.weight.copy_(basis.T @ neurons.down)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            copy.norm(getattr(target, name), getattr(old, name), f"layers.{source}.{name}")
-        report.append({"teacher_layer": source, "groups": groups, **taken})
+    streams = Streams(student, teacher, calibration)
+    with console.steps("layers", len(layers)) as bar:
+        for i, (source, following) in enumerate(itertools.pairwise([*layers, teacher.cfg.layers])):
+            report.append(take_layer(streams, Layer(i, source, following, score, how, fit), copy))
+            bar.update(i + 1, f"layer {source}: {report[-1]['error']} of what it adds is missed")
     influence = [round(i, 4) for i in seen.influence]
     found = {"hidden_dimensions": student.cfg.hidden_size, "of": teacher.cfg.hidden_size, "block_influence": influence}
     if left_out:
@@ -90,23 +86,6 @@ def from_teacher(
             {"layer": d.layer, "loss_without": {i: round(loss, 4) for i, loss in d.losses.items()}} for d in left_out
         ]
     return Taken({**found, "layers": report}, list(layers), basis)
-
-
-@dataclass(frozen=True)
-class _Copy:
-    """How matrices come over into the narrower stream; with `fold`, norms' scales inside them."""
-
-    basis: Tensor
-    fold: bool
-    seen: Seen
-
-    def reading(self, weight: Tensor, norm: RMSNorm) -> Tensor:
-        """A matrix `[out, D']` that reads what a norm gives, as `[out, D]`."""
-        return (weight * norm.weight if self.fold else weight) @ self.basis
-
-    def norm(self, target: RMSNorm, source: RMSNorm, name: str) -> None:
-        own = torch.ones_like(target.weight) if self.fold else source.weight @ self.basis
-        target.weight.copy_(own * norm_scale(self.seen.moments[name], self.basis))
 
 
 def _weight(m: nn.Module) -> Tensor:
@@ -141,29 +120,3 @@ def check_shapes(s: ModelConfig, t: ModelConfig, layers: Sequence[int] | None) -
             raise GoriError(
                 f"the student's {name} {mine} is not the teacher's {theirs}: make them equal or use init random"
             )
-
-
-def _copy_attention(target: Block, source: Block, copy: _Copy) -> list[int]:
-    """Take the key/value groups, and in each the query heads, whose value-to-output paths weigh most."""
-    a, b = target.self_attn, source.self_attn
-    d, per = b.cfg.head_dim, b.cfg.heads // b.cfg.kv_heads
-    out_GQDd = b.o_proj.weight.view(-1, b.cfg.kv_heads, per, d).permute(1, 2, 0, 3)
-    weight_GQ = out_GQDd.square().sum((-2, -1)) * b.v_proj.weight.view(b.cfg.kv_heads, 1, -1).square().sum(-1)
-    groups = weight_GQ.sum(1).topk(a.cfg.kv_heads).indices.sort().values
-    keep = a.cfg.heads // a.cfg.kv_heads
-    heads = torch.cat([g * per + weight_GQ[g].topk(keep).indices.sort().values for g in groups])
-    q_rows = (heads.unsqueeze(1) * d + torch.arange(d)).flatten()
-    kv_rows = (groups.unsqueeze(1) * d + torch.arange(d)).flatten()
-    for mine, theirs, rows in (
-        (a.q_proj, b.q_proj, q_rows),
-        (a.k_proj, b.k_proj, kv_rows),
-        (a.v_proj, b.v_proj, kv_rows),
-    ):
-        mine.weight.copy_(copy.reading(theirs.weight[rows], source.input_layernorm))
-        if mine.bias is not None and theirs.bias is not None:
-            mine.bias.copy_(theirs.bias[rows])
-    a.o_proj.weight.copy_(copy.basis.T @ b.o_proj.weight[:, q_rows])
-    if a.cfg.qk_norm:
-        a.q_norm.weight.copy_(b.q_norm.weight)
-        a.k_norm.weight.copy_(b.k_norm.weight)
-    return groups.tolist()

@@ -249,6 +249,7 @@ def first_weights(
         width=distill.width,
         score=distill.experts.score,
         how=distill.experts.how,
+        fit=distill.fit,
         answers=sample.answers,
     )
     return model, taken

@@ -134,8 +134,9 @@ class Experts(Section):
 
     score: Literal["use", "output"] = "use"
     """What chooses experts: their share of the routing, or that times the size of what they put out."""
-    how: Literal["select", "merge"] = "select"
-    """merge: every other expert is averaged into the chosen one that it is routed like."""
+    how: Literal["neurons", "select", "merge"] = "neurons"
+    """neurons: the ones that matter most, of all experts. select: whole experts. merge: every other expert is averaged
+    into the chosen one that it is routed like."""
 
 
 class Step(Section):
@@ -181,6 +182,8 @@ class Distill(Section):
     width: Literal["importance", "pca"] = "importance"
     """Dimensions of the residual stream that are used most, or its principal directions (needs an untied head)."""
     experts: Experts = Experts()
+    fit: bool = True
+    """What each layer writes is fitted to the teacher's residual stream by least squares, and neurons chosen for it."""
     progressive: list[Step] = []
     """Students on the way, each taken from the one before and distilled from the teacher."""
     losses: dict[str, float] = {"forward_kl": 1.0}
