@@ -30,8 +30,9 @@ from gori.recipe import Cache, Distill, Recipe, Student, parse
 
 SHAPE = {"layers": 4, "hidden_size": 128, "heads": 4, "kv_heads": 4, "head_dim": 32}
 TEACHER = {**SHAPE, "experts": 8, "experts_per_token": 2, "intermediate_size": 192}
-STUDENT = {**SHAPE, "intermediate_size": 144}
-SHALLOW = {"layers": 3}
+STUDENT = {**SHAPE, "layers": 3, "heads": 3, "kv_heads": 3, "intermediate_size": 48}
+"""Less of everything but width, which a tied head and table make dear to cut."""
+LARGE = {**SHAPE, "intermediate_size": 144}
 DENSE_WIDTH = 384
 """MLP of the dense teacher: as many active parameters as the mixture, so as much compute a token."""
 RATES = {
@@ -43,7 +44,6 @@ CE = {"losses": {"ce": 1.0}}
 NARROW = {"hidden_size": 96, "tied": False}
 """Untied, since principal directions need a head of their own."""
 DRAWN = {"on_policy": {"share": 0.3, "start": 0.3}}
-SMALL = {"layers": 3, "intermediate_size": 48}
 MINITRON = {"fit": False, "experts": {"how": "select"}}
 """Whole experts, neurons by their activation, and nothing fitted."""
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -68,21 +68,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "init+KD attention": {"losses": {**KD["losses"], "attention": 0.1}},
     "init+jsd": {"losses": {"jsd@0.3": 0.5, "ce": 0.5}},
     "init+skew": {"losses": {"skew_kl@0.1": 0.5, "ce": 0.5}},
-    "init+KD progressive": {**KD, "way": {"layers": 4, "hidden_size": 128, "intermediate_size": 288}},
+    "init+KD progressive": {**KD, "way": {"layers": 4, "hidden_size": 128, "intermediate_size": 144}},
     "dense init": {**KD, "dense": True, "steps": 1},
     "dense init+CE": {**CE, "dense": True},
     "dense init+KD": {**KD, "dense": True},
     "dense init+KD unfitted": {**KD, **MINITRON, "dense": True},
-    "small random+KD": {"init": "random", **KD, "student": SMALL},
-    "small init": {**KD, "student": SMALL, "steps": 1},
-    "small init+KD": {**KD, "student": SMALL},
-    "small init+KD selected": {**KD, **MINITRON, "student": SMALL},
-    "small dense init+KD": {**KD, "dense": True, "student": SMALL},
-    "small dense init+KD unfitted": {**KD, **MINITRON, "dense": True, "student": SMALL},
-    "shallow random+KD": {"init": "random", **KD, "student": SHALLOW},
-    "shallow init+KD even": {**KD, "depth": "even", "student": SHALLOW},
-    "shallow init+KD influence": {**KD, "depth": "influence", "student": SHALLOW},
-    "shallow init+KD perplexity": {**KD, "depth": "perplexity", "student": SHALLOW},
+    "large init": {**KD, "student": LARGE, "steps": 1},
+    "large init+KD": {**KD, "student": LARGE},
+    "large init+KD+unlabelled": {**KD, "student": LARGE, "unlabelled": "teacher"},
+    "large init+KD selected": {**KD, **MINITRON, "student": LARGE},
+    "init+KD even": {**KD, "depth": "even"},
+    "init+KD influence": {**KD, "depth": "influence"},
     "narrow random+KD": {"init": "random", **KD, "student": NARROW},
     "narrow init+KD": {**KD, "student": NARROW},
     "narrow init+KD pca": {**KD, "width": "pca", "student": NARROW},

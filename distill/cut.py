@@ -191,11 +191,13 @@ def _take_mlp(
     mlp, norm = target.mlp, old.post_attention_layernorm
     assert isinstance(mlp, MLP)
     normed = [norm(m) for m in middle]
-    leaving = [m + old.mlp(x) for m, x in zip(middle, normed, strict=True)]
-    if layer.fit and layer.following > layer.source:
-        leaving = streams.taught(layer.following)
-    wanted = [y @ copy.basis for y in leaving]
     own = [target.post_attention_layernorm(x) for x in streams.own]
+    if layer.fit and layer.following > layer.source:
+        wanted = [y @ copy.basis for y in streams.taught(layer.following)]
+    elif layer.fit:
+        wanted = [(m + old.mlp(x)) @ copy.basis for m, x in zip(middle, normed, strict=True)]
+    else:  # what the teacher's layer adds, whatever went before
+        wanted = [x + old.mlp(y) @ copy.basis for x, y in zip(streams.own, normed, strict=True)]
 
     width = mlp.gate_proj.out_features
     found = candidates(

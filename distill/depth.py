@@ -69,6 +69,18 @@ def least_missed(
 
 
 @torch.no_grad()
+def loss_of(model: Decoder, calibration: Sequence[Tensor], answers: Sequence[Tensor] = ()) -> float:
+    """Mean cross-entropy of the calibration tokens, nats a token; arguments as in `least_missed`."""
+    total, counted = 0.0, 0
+    for n, ids_BT in enumerate(calibration):
+        wanted_BT = answers[n][:, 1:] if answers else torch.ones_like(ids_BT[:, 1:], dtype=torch.bool)
+        logits = model.logits(model.hidden(ids_BT)[:, :-1][wanted_BT])
+        total += float(F.cross_entropy(logits.float(), ids_BT[:, 1:][wanted_BT], reduction="sum"))
+        counted += len(logits)
+    return total / counted
+
+
+@torch.no_grad()
 def without_each(
     teacher: Decoder, kept: Sequence[int], calibration: Sequence[Tensor], answers: Sequence[Tensor] = ()
 ) -> list[float]:

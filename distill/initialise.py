@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gori import console
 from gori.distill.basis import Width, basis_of, observe
 from gori.distill.cut import Copy, Layer, Streams, take_layer
-from gori.distill.depth import Depth, Dropped, evenly_spaced, least_missed, most_influential
+from gori.distill.depth import ROWS, Depth, Dropped, evenly_spaced, least_missed, loss_of, most_influential
 from gori.distill.experts import How, Score
 from gori.errors import GoriError
 from gori.model import Decoder, ModelConfig
@@ -79,8 +79,15 @@ def from_teacher(
         for i, (source, following) in enumerate(itertools.pairwise([*layers, teacher.cfg.layers])):
             report.append(take_layer(streams, Layer(i, source, following, score, how, fit), copy))
             bar.update(i + 1, f"layer {source}: {report[-1]['error']} of what it adds is missed")
+    loss, of_teacher = (round(loss_of(m, calibration[:ROWS], answers[:ROWS]), 4) for m in (student, teacher))
+    console.log(f"first weights: loss {loss:.3f} on training rows, {of_teacher:.3f} of the model that they are from")
     influence = [round(i, 4) for i in seen.influence]
-    found = {"hidden_dimensions": student.cfg.hidden_size, "of": teacher.cfg.hidden_size, "block_influence": influence}
+    found = {
+        "hidden_dimensions": student.cfg.hidden_size,
+        "of": teacher.cfg.hidden_size,
+        "block_influence": influence,
+        "loss": {"student": loss, "teacher": of_teacher},
+    }
     if left_out:
         found["left_out"] = [
             {"layer": d.layer, "loss_without": {i: round(loss, 4) for i, loss in d.losses.items()}} for d in left_out

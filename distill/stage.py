@@ -17,7 +17,7 @@ from gori import checkpoint
 from gori.artifact import Manifest, ancestry, content_hash, make, read_manifest
 from gori.calls import END, PAD
 from gori.corpus import Corpus, hashes
-from gori.data import Conversation, encode, prompt_ids
+from gori.data import Conversation, Example, encode, prompt_ids
 from gori.distill import unlabelled
 from gori.distill.basis import basis_of, observe
 from gori.distill.checks import check, on_the_way
@@ -42,6 +42,9 @@ from gori.teacher.train import Loss
 from gori.tokenizer import Tokenizer
 
 CALIBRATION_ROWS = 256
+TOKENS_A_NEURON = 8
+"""Calibration tokens for each neuron of the student's MLP, at least, where there are as many: least squares on fewer
+learn their accidents."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,9 @@ def _train(stage: str, student: Student, distill: Distill, places: Places) -> bo
 
     def build(tmp: Path) -> None:
         labelled = places.corpus.train[: distill.labelled_rows]
-        sample = calibration(labelled, tokenizer) if {"teacher", "source"} & directories.keys() else Sample([], [])
+        sample = Sample([], [])
+        if {"teacher", "source"} & directories.keys():
+            sample = calibration(labelled, tokenizer, student.intermediate_size)
         teacher = load_teacher(places.teacher, tokenizer) if "teacher" in directories else None
         source = load_teacher(places.source, tokenizer) if places.source else teacher
         model, taken = first_weights(student, distill, source, sample, tokenizer, places.seed)
@@ -302,7 +307,13 @@ def _told(directory: Path) -> dict[str, Any]:
     return {"directory": directory.name, "content": content_hash(directory), **told}
 
 
-def calibration(rows: Sequence[Conversation], tokenizer: Tokenizer) -> Sample:
-    """Some training rows."""
-    examples = [encode(c, tokenizer) for c in rows[:CALIBRATION_ROWS]]
+def calibration(rows: Sequence[Conversation], tokenizer: Tokenizer, neurons: int) -> Sample:
+    """The first training rows, enough for an MLP of as many neurons."""
+    examples: list[Example] = []
+    tokens = 0
+    for c in rows:
+        if len(examples) >= CALIBRATION_ROWS and tokens >= TOKENS_A_NEURON * neurons:
+            break
+        examples.append(encode(c, tokenizer))
+        tokens += len(examples[-1].ids)
     return Sample([torch.tensor([e.ids]) for e in examples], [torch.tensor([e.loss]) for e in examples])

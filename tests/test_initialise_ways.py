@@ -17,7 +17,7 @@ from torch.nn.functional import cosine_similarity
 from decoders import random_decoder
 from gori.distill.basis import basis_of, norm_scale, observe
 from gori.distill.depth import evenly_spaced, least_missed, most_influential, without_each
-from gori.distill.experts import Neurons, dense_neurons, expert, grouped, merged, output_scores, routing
+from gori.distill.experts import Neurons, candidates, expert, grouped, merged, output_scores, routing
 from gori.distill.initialise import from_teacher
 from gori.errors import GoriError
 from gori.model import MLP, Block, Decoder, ModelConfig, MoE
@@ -194,8 +194,8 @@ def test_a_much_used_expert_that_says_nothing_is_left_out_by_its_output() -> Non
         use = routing(moe, x).use
         busy = int(use.argmax())
         moe.experts.down[busy].mul_(1e-3)
-        by_use = dense_neurons(moe, x, 24, "use")[1]["experts"]
-        by_output = dense_neurons(moe, x, 24, "output")[1]["experts"]
+        by_use = candidates(moe, x, 24, "use", "select").report["experts"]
+        by_output = candidates(moe, x, 24, "output", "select").report["experts"]
     assert busy in by_use  # type: ignore[operator]
     assert busy not in by_output  # type: ignore[operator]
 
