@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from gori import checkpoint, ranks
+from gori import checkpoint
 from gori.distill.divergences import STATES, parse
 from gori.distill.initialise import check_shapes
 from gori.distill.losses import check_sparse, check_terms
@@ -64,7 +64,6 @@ def check(distill: Distill, student: Student, cached: bool) -> None:
     """Refuse what does not go together, before anything is trained."""
     check_terms(distill.losses)
     inside = [name for name, w in distill.losses.items() if w and parse(name)[0] in STATES]
-    several = ranks.current().world > 1
     taken = distill.init == "teacher" or distill.progressive
     if not taken and (named := [k for k in TAKING if getattr(distill, k) != _default(k)]):
         raise GoriError(
@@ -90,8 +89,6 @@ def check(distill: Distill, student: Student, cached: bool) -> None:
         )
     if distill.unlabelled and distill.unlabelled.answers == "student" and not distill.on_policy:
         raise GoriError("distill.unlabelled.answers student needs on-policy steps: add distill.on_policy")
-    if several and "attention" in distill.losses:
-        raise GoriError("distill.losses.attention works in one process alone: start it without torchrun")
     if distill.width == "pca" and student.tied and distill.init == "teacher":
         raise GoriError(
             "distill.width pca needs a head of its own: set student.tied to false, or take width importance"

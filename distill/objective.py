@@ -17,6 +17,7 @@ from gori.distill.divergences import DIVERGENCES, STATES, divergences_of, parse
 from gori.distill.losses import distillation_loss, sparse_loss
 from gori.distill.states import Pairs, state_terms
 from gori.evaluate import MAX_NEW_TOKENS
+from gori.inner import Kept
 from gori.model import Decoder
 from gori.teacher.sharding import whole_here
 from gori.teacher.stage import answer_loss
@@ -92,29 +93,35 @@ def divergence_loss(
         drawn = draws is not None and draws.now(batch.progress)
         if draws is not None and drawn:
             batch = draws.batch(model, batch)
-        entering: list[Tensor] = []
-        entering_teacher: list[Tensor] = []
-        hidden = batch.answer_hidden(model, entering if of_states else None)
+        inner, inner_teacher = _asked(inside, of_states)
+        hidden = batch.answer_hidden(model, inner)
         taught = teacher_head = None
         if needs_teacher:
             with torch.no_grad():
-                taught = batch.answer_hidden(teacher, entering_teacher if of_states else None)
+                taught = batch.answer_hidden(teacher, inner_teacher)
             teacher_head = _weight(teacher)
         used = {k: weights[k] for k, kind in kinds.items() if kind in DIVERGENCES or (kind == "ce" and not drawn)}
         total, terms = distillation_loss(
             hidden, _weight(model), taught, teacher_head, batch.targets, used, temperature, compiled=compiled
         )
-        if inside is not None and of_states:
+        if inside is not None and inner is not None and inner_teacher is not None:
             valid, wanted = batch.valid_BT[:, :-1], batch.loss_BT[:, 1:]
-            found = state_terms(
-                model, teacher, entering, entering_teacher, valid, wanted, of_states, inside.pairs, inside.projection
-            )
+            found = state_terms(inner, inner_teacher, valid, wanted, of_states, inside.pairs, inside.projection)
             total = total + sum(weights[k] * v for k, v in found.items())
             terms |= {k: v.item() for k, v in found.items()}
         told = {"on_policy": float(drawn)} if draws is not None else {}
         return total, _entry(total, terms) | told
 
     return loss
+
+
+def _asked(inside: Inside | None, kinds: Sequence[str]) -> tuple[Kept | None, Kept | None]:
+    """For the student's and the teacher's pass, where terms on states are wanted."""
+    if inside is None or not kinds:
+        return None, None
+    s, t = inside.pairs[-1]
+    attended = "attention" in kinds
+    return Kept([s] if attended else []), Kept([t] if attended else [])
 
 
 def cached_loss(

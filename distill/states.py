@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gori.errors import GoriError
-from gori.model import Block, Decoder
+from gori.inner import Kept
 
 Pairs = Sequence[tuple[int, int]]
 
@@ -65,10 +65,8 @@ def relation_loss(student: Sequence[Tensor], taught: Sequence[Tensor], valid_BT:
 
 
 def state_terms(
-    student: Decoder,
-    teacher: Decoder,
-    entering: Sequence[Tensor],
-    entering_teacher: Sequence[Tensor],
+    student: Kept,
+    teacher: Kept,
     valid_BT: Tensor,
     wanted_BT: Tensor,
     kinds: Sequence[str],
@@ -79,25 +77,17 @@ def state_terms(
 
     Compared at the wanted tokens (those that predict an answer), as every other term is, so that parts of a batch weigh
     alike. hidden and cosine are means over the pairs; projection `[D', D]`, fixed, brings the teacher's stream to the
-    student's width (None: equal widths). attention compares the last pair alone, as MiniLM does.
+    student's width (None: equal widths). attention compares the last pair alone, as MiniLM does, and needs its
+    `attended`.
     """
     found: dict[str, Tensor] = {}
     if "hidden" in kinds or "cosine" in kinds:
-        taught = [entering_teacher[t] for _, t in pairs]
+        taught = [teacher.entering[t] for _, t in pairs]
         taught = taught if projection is None else [t @ projection.to(t.dtype) for t in taught]
-        both = [hidden_terms(entering[s], t, wanted_BT) for (s, _), t in zip(pairs, taught, strict=True)]
+        both = [hidden_terms(student.entering[s], t, wanted_BT) for (s, _), t in zip(pairs, taught, strict=True)]
         means = {"hidden": torch.stack([e for e, _ in both]).mean(), "cosine": torch.stack([c for _, c in both]).mean()}
         found |= {k: means[k] for k in kinds if k in means}
     if "attention" in kinds:
         s, t = pairs[-1]
-        with torch.no_grad():
-            theirs = _projections(teacher, t, entering_teacher[t])
-        found["attention"] = relation_loss(_projections(student, s, entering[s]), theirs, valid_BT, wanted_BT)
+        found["attention"] = relation_loss(student.attended[s], teacher.attended[t], valid_BT, wanted_BT)
     return found
-
-
-def _projections(model: Decoder, layer: int, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys (both rotated) and values of a layer, computed once more from what entered it."""
-    block = model.layers[layer]
-    assert isinstance(block, Block)
-    return block.self_attn.qkv(block.input_layernorm(x_BTD), model.rope_of(x_BTD))

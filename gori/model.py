@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gori.dropout import Dropout
 from gori.errors import GoriError
+from gori.inner import Kept
 from gori.norm import RMSNorm
 
 Kind = Literal["llama", "qwen2", "qwen3", "qwen3_moe"]
@@ -149,9 +150,19 @@ class Attention(nn.Module):
         cos, sin = rope
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KVCache | None,
+        kept: Kept | None = None,
+    ) -> Tensor:
         """What the heads found, `[B, T, H * head_dim]`; the block applies `o_proj`, where it is wanted."""
-        q, k, v = (t.transpose(1, 2) for t in self.qkv(x_BTD, rope))
+        qkv = self.qkv(x_BTD, rope)
+        if kept is not None:
+            kept.attends(self.layer, qkv)
+        q, k, v = (t.transpose(1, 2) for t in qkv)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         y = F.scaled_dot_product_attention(
@@ -253,9 +264,10 @@ class Block(nn.Module):
         cache: KVCache | None,
         valid_BT: Tensor | None,
         wanted_BT: Tensor | None = None,
+        kept: Kept | None = None,
     ) -> Tensor:
         """`[B, T, D]`, or with `wanted_BT` (bool) only those positions as `[1, wanted, D]`."""
-        given = (x_BTD, rope, mask, cache, valid_BT, wanted_BT)
+        given = (x_BTD, rope, mask, cache, valid_BT, wanted_BT, kept)
         if self.recompute and self.training:
             done = checkpoint(self._compute, *given, use_reentrant=False, context_fn=self.dropout.twice)
             assert isinstance(done, Tensor)
@@ -263,15 +275,10 @@ class Block(nn.Module):
         return self._compute(*given)
 
     def _compute(
-        self,
-        x_BTD: Tensor,
-        rope: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        cache: KVCache | None,
-        valid_BT: Tensor | None,
-        wanted_BT: Tensor | None,
-    ) -> Tensor:
-        y_BTA = self.self_attn(self.input_layernorm(x_BTD), rope, mask, cache)
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None,
+        valid_BT: Tensor | None, wanted_BT: Tensor | None, kept: Kept | None,
+    ) -> Tensor:  # fmt: skip
+        y_BTA = self.self_attn(self.input_layernorm(x_BTD), rope, mask, cache, kept)
         if wanted_BT is not None:
             x_BTD, y_BTA = x_BTD[wanted_BT].unsqueeze(0), y_BTA[wanted_BT].unsqueeze(0)
             valid_BT = None if valid_BT is None else valid_BT[wanted_BT].unsqueeze(0)
@@ -325,13 +332,13 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         valid_BT: Tensor | None = None,
         wanted_BT: Tensor | None = None,
-        states: list[Tensor] | None = None,
+        kept: Kept | None = None,
     ) -> Tensor:
         """Normed last hidden states `[B, T, D]`. Padding may only stand at the right; `valid_BT` (bool) marks the rest
         and matters to the experts' balance alone. With a cache, its length is the first position.
 
         With `wanted_BT` (bool) only those positions, `[wanted, D]`: the last block's MLP is computed for no others, and
-        the experts' balance counts those of them that are valid. `states` gets what enters each layer, `[B, T, D]`.
+        the experts' balance counts those of them that are valid. `kept` gets what it asks for.
         """
         start, T = (cache.length if cache else 0), ids_BT.shape[1]
         mask = None
@@ -341,9 +348,9 @@ class Decoder(nn.Module):
         rope = self.rope_of(x_BTD, start)
         last = len(self.layers) - 1
         for i, block in enumerate(self.layers):
-            if states is not None:
-                states.append(x_BTD)
-            x_BTD = block(x_BTD, rope, mask, cache, valid_BT, wanted_BT if i == last else None)
+            if kept is not None:
+                kept.enters(i, x_BTD)
+            x_BTD = block(x_BTD, rope, mask, cache, valid_BT, wanted_BT if i == last else None, kept)
         if cache is not None:
             cache.length += T
         return self.norm(x_BTD if wanted_BT is None else x_BTD[0])

@@ -21,6 +21,7 @@ from torch import Tensor
 from gori import console
 from gori.data import Example, batches, collate
 from gori.errors import GoriError
+from gori.inner import Kept
 from gori.model import Block, Decoder
 from gori.ranks import agreed, current, gathered
 from gori.soft import join
@@ -85,10 +86,10 @@ class TrainBatch:
         """int64 [answers], the tokens to predict."""
         return self.ids_BT[:, 1:][self.loss_BT[:, 1:]]
 
-    def answer_hidden(self, model: Decoder, states: list[Tensor] | None = None) -> Tensor:
-        """Last hidden states `[answers, D]` at the positions that predict `targets`; `states` as in Decoder.hidden."""
+    def answer_hidden(self, model: Decoder, kept: Kept | None = None) -> Tensor:
+        """Last hidden states `[answers, D]` at the positions that predict `targets`; `kept` as in Decoder.hidden."""
         ids, valid = self.ids_BT[:, :-1], self.valid_BT[:, :-1]
-        return model.hidden(ids, valid_BT=valid, wanted_BT=self.loss_BT[:, 1:], states=states)
+        return model.hidden(ids, valid_BT=valid, wanted_BT=self.loss_BT[:, 1:], kept=kept)
 
 
 Loss = Callable[[Decoder, TrainBatch], tuple[Tensor, dict[str, float]]]

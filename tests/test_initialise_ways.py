@@ -20,6 +20,7 @@ from gori.distill.depth import evenly_spaced, least_missed, most_influential, wi
 from gori.distill.experts import Neurons, candidates, expert, grouped, merged, output_scores, routing
 from gori.distill.initialise import from_teacher
 from gori.errors import GoriError
+from gori.inner import Kept
 from gori.model import MLP, Block, Decoder, ModelConfig, MoE
 
 DENSE = ModelConfig(
@@ -102,13 +103,12 @@ def test_influence_is_one_minus_the_cosine_and_the_idlest_layer_goes_first() -> 
         block.self_attn.o_proj.weight.mul_(0.01)
         block.mlp.down_proj.weight.mul_(0.01)
     seen = observe(teacher, CALIBRATION, "importance")
-    states: list[Tensor] = []
     with torch.no_grad():
         found = []
         for ids in CALIBRATION:
-            states.clear()
-            teacher.hidden(ids, states=states)
-            found.append(1 - cosine_similarity(states[0], states[1], dim=-1))
+            kept = Kept()
+            teacher.hidden(ids, kept=kept)
+            found.append(1 - cosine_similarity(kept.entering[0], kept.entering[1], dim=-1))
     assert seen.influence[0] == pytest.approx(float(torch.stack(found).mean()), rel=1e-4)
     assert seen.influence[1] < 1e-3
     assert most_influential(2, seen.influence) == [0, 2]

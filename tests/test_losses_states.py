@@ -14,6 +14,7 @@ from gori.data import Example
 from gori.distill.objective import Inside, divergence_loss
 from gori.distill.states import check_pairs, default_pairs, hidden_terms, relation_loss, state_terms
 from gori.errors import GoriError
+from gori.inner import Kept
 from gori.model import Block, Decoder, ModelConfig
 from gori.teacher.train import TrainBatch, to_tensors
 
@@ -90,37 +91,44 @@ def test_what_enters_a_layer_is_compared_through_the_projection() -> None:
 
 def test_a_student_that_is_its_teacher_loses_nothing_inside() -> None:
     teacher, b = random_decoder(TEACHER), batch()
-    states: list[Tensor] = []
+    kept = Kept([3])
     with torch.no_grad():
-        b.answer_hidden(teacher, states)
+        b.answer_hidden(teacher, kept)
         pairs = default_pairs(4, 4)
         kinds = ["hidden", "cosine", "attention"]
-        found = state_terms(teacher, teacher, states, states, b.valid_BT[:, :-1], b.loss_BT[:, 1:], kinds, pairs, None)
+        found = state_terms(kept, kept, b.valid_BT[:, :-1], b.loss_BT[:, 1:], kinds, pairs, None)
     assert pairs == [(1, 1), (2, 2), (3, 3)]
     assert all(abs(v.item()) < 1e-5 for v in found.values())
 
 
-def test_queries_keys_and_values_are_those_that_the_layer_used() -> None:
-    model, b = random_decoder(TEACHER), batch()
+def test_queries_keys_and_values_are_those_of_what_entered_the_layer() -> None:
+    model, b, kept = random_decoder(TEACHER), batch(), Kept([2])
     block = model.layers[2]
     assert isinstance(block, Block)
-    used: list[Tensor] = []
-    original = block.self_attn.qkv
-
-    def spy(x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        used.extend(original(x, rope))
-        return used[-3], used[-2], used[-1]
-
-    block.self_attn.qkv = spy  # type: ignore[method-assign]
-    states: list[Tensor] = []
     with torch.no_grad():
-        b.answer_hidden(model, states)
-        valid, wanted = b.valid_BT[:, :-1], b.loss_BT[:, 1:]
-        found = state_terms(model, model, states, states, valid, wanted, ["attention"], [(2, 2)], None)
-    assert len(used) == 9  # the pass itself, then once for student and teacher each
-    for again in (used[3:6], used[6:9]):
-        assert all(torch.equal(a, b) for a, b in zip(used[:3], again, strict=True))
-    assert found["attention"].item() == pytest.approx(0, abs=1e-6)
+        b.answer_hidden(model, kept)
+        x = kept.entering[2]
+        again = block.self_attn.qkv(block.input_layernorm(x), model.rope_of(x))
+    assert list(kept.attended) == [2]
+    assert all(torch.equal(a, b) for a, b in zip(kept.attended[2], again, strict=True))
+
+
+@pytest.mark.parametrize("layer", [0, 3])
+def test_recomputed_blocks_have_the_same_gradients(layer: int) -> None:
+    """With activation checkpointing queries and keys leave a block by the side."""
+    teacher, b, found = random_decoder(TEACHER, 1), batch(), []
+    weights = {"hidden": 1.0, "attention": 1.0, "ce": 0.5}
+    loss = divergence_loss(teacher, weights, 1.0, inside=Inside([(2, 2), (layer, layer)], None))
+    for recompute in (False, True):
+        model = random_decoder(TEACHER).train()
+        for block in model.layers:
+            assert isinstance(block, Block)
+            block.recompute = recompute
+        total, _ = loss(model, b)
+        total.backward()
+        found.append([p.grad for p in model.parameters()])
+    for a, c in zip(*found, strict=True):
+        torch.testing.assert_close(a, c)
 
 
 def test_pairs_that_a_model_lacks_are_refused() -> None:
@@ -131,10 +139,11 @@ def test_pairs_that_a_model_lacks_are_refused() -> None:
 
 def test_states_do_not_change_what_a_decoder_says() -> None:
     model: Decoder = random_decoder(TEACHER)
-    ids, states = batch().ids_BT, []
+    ids, kept = batch().ids_BT, Kept(range(4))
     with torch.no_grad():
-        assert torch.equal(model.hidden(ids), model.hidden(ids, states=states))
-    assert [tuple(s.shape) for s in states] == [(3, 9, 32)] * 4
+        assert torch.equal(model.hidden(ids), model.hidden(ids, kept=kept))
+    assert [tuple(s.shape) for s in kept.entering.values()] == [(3, 9, 32)] * 4
+    assert [tuple(t.shape) for t in kept.attended[3]] == [(3, 9, 4, 8), (3, 9, 2, 8), (3, 9, 2, 8)]
 
 
 def test_parts_of_a_batch_weighed_by_their_answers_are_the_whole_batch() -> None:
