@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gori import corpus
 from gori.data import Example
-from gori.distill.objective import Draws, divergence_loss
+from gori.distill.objective import Draws, Inside, divergence_loss
 from gori.distill.stage import train_student
 from gori.errors import GoriError
 from gori.evaluate import batched
@@ -49,7 +49,11 @@ CASES: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
     "resharded": (MOE, {"whole_bytes": 0}),
     "on-policy": (DENSE, {"on_policy": True}),
     "on-policy, few rows": (DENSE, {"on_policy": True, "batch_tokens": 30}),
+    "states": (DENSE, {"states": {"hidden": 0.5, "attention": 1.0, "ce": 1.0}}),
+    "states, recompute": (DENSE, {"states": {"hidden": 0.5, "attention": 1.0, "ce": 1.0}, "recompute": True}),
+    "states, resharded": (DENSE, {"states": {"attention": 1.0, "ce": 0.1}, "whole_bytes": 0}),
     "bf16": (DENSE, {"precision": "bf16"}),
+    "bf16 states": (DENSE, {"states": {"hidden": 0.5, "attention": 1.0, "ce": 1.0}, "precision": "bf16"}),
 }
 
 
@@ -79,6 +83,7 @@ def train_case(
     own = dict(own)
     whole_bytes = own.pop("whole_bytes", sharding.WHOLE_BYTES)
     on_policy = own.pop("on_policy", False)
+    loss = drawing() if on_policy else inside(own.pop("states")) if "states" in own else answer_loss(0.05)
     settings = dataclasses.replace(SETTINGS, **own, **changes)
     if alone and current().world == 1:
         settings = dataclasses.replace(settings, expert_parallel=1)
@@ -89,7 +94,7 @@ def train_case(
         moe.gate.weight.data.mul_(10)
     with mock.patch.object(sharding, "WHOLE_BYTES", whole_bytes):
         done = fit(
-            model, examples, cut(drawing() if on_policy else answer_loss(0.05), cut_after, settings.accumulate),
+            model, examples, cut(loss, cut_after, settings.accumulate),
             settings, seed=1, pad=0, label=case, state=state, evaluate=evaluate, fingerprint=case,
             workers=2 if on_policy and current().world == 1 else 1,
         )  # fmt: skip
@@ -101,6 +106,12 @@ def drawing() -> Loss:
     teacher = Decoder(DENSE).initialise(torch.Generator().manual_seed(7)).eval()
     draws = Draws(share=0.8, temperature=1.0, start=0.2, seed=3, end=5, pad=0, longest=6)
     return divergence_loss(teacher, {"reverse_kl": 1.0, "ce": 0.5}, 1.0, draws=draws)
+
+
+def inside(weights: dict[str, float]) -> Loss:
+    """Terms on the streams and attention of a random teacher."""
+    teacher = Decoder(DENSE).initialise(torch.Generator().manual_seed(7)).eval()
+    return divergence_loss(teacher, weights, 1.0, inside=Inside([(1, 1), (0, 0)], None))
 
 
 def cut(loss: Loss, after: int | None, calls_a_step: int) -> Loss:

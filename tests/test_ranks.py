@@ -14,14 +14,15 @@ from decoders import random_decoder
 from gori import checkpoint
 from gori.tokenizer import Tokenizer
 
-EXACT = [c for c in CASES if c not in ("bf16", "experts over all")]
+BF16 = {"bf16": "dense", "bf16 states": "states"}
+EXACT = [c for c in CASES if c not in (*BF16, "experts over all")]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case on two ranks; in `cut` runs that were left unfinished, in `again` those, finished."""
     out = tmp_path_factory.mktemp("two")
-    codes = start(2, out, run_and_cut, out, [*EXACT, "bf16"], ["dense:2", "experts at once:3"])
+    codes = start(2, out, run_and_cut, out, [*EXACT, *BF16], ["dense:2", "experts at once:3"])
     assert codes == [0, 0], (out / "rank-0.txt").read_text()[-3000:]
     return out
 
@@ -35,9 +36,10 @@ def test_two_ranks_train_as_one_process(case: str, two: Path, tmp_path: Path) ->
     assert (0 in drawn and 1 in drawn) if case.startswith("on-policy") else set(drawn) == {None}
 
 
-def test_bf16_follows_float32_within_its_mantissa(two: Path, tmp_path: Path) -> None:
-    got = [e["loss"] for e in torch.load(two / "bf16.pt")["log"]]
-    wanted = [e["loss"] for e in train_case("dense", tmp_path / "state.pt")[1].log]
+@pytest.mark.parametrize(("case", "exact"), list(BF16.items()))
+def test_bf16_follows_float32_within_its_mantissa(case: str, exact: str, two: Path, tmp_path: Path) -> None:
+    got = [e["loss"] for e in torch.load(two / f"{case}.pt")["log"]]
+    wanted = [e["loss"] for e in train_case(exact, tmp_path / "state.pt")[1].log]
     assert got == pytest.approx(wanted, rel=2**-8)
     assert got != pytest.approx(wanted, rel=1e-6)  # it was computed with
 
