@@ -16,7 +16,7 @@ from gori.model import ModelConfig
 from gori.recipe import Distill, Recipe, Step, Student
 from gori.teacher.stage import shape_config
 
-TAKING = ("layers", "depth", "width", "experts")
+TAKING = ("layers", "depth", "width", "experts", "fit")
 """Settings that say how first weights are taken from a teacher."""
 
 
