@@ -14,7 +14,7 @@ from conftest import toy_rows, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gori import checkpoint, ranks
+from gori import checkpoint
 from gori.artifact import content_hash, planning, read_manifest
 from gori.calls import END, Call, render
 from gori.corpus import Corpus
@@ -231,20 +231,13 @@ FILES = {"files": ["x.txt"]}
         ({"losses": {"reverse_kl": 1.0}}, True, "reverse_kl needs the whole distribution: of a cached teacher"),
         ({"on_policy": {"start": 0.4}, "teacher_until": 0.4}, False, "heard until distill.teacher_until 0.4"),
         ({"init": "random", "depth": "influence"}, False, "distill.depth says how weights are taken"),
+        ({"init": "random", "fit": False}, False, "distill.fit says how weights are taken"),
         ({"pairs": [(1, 1)]}, False, "compared by hidden, cosine and attention"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused_before_any_work(more: dict[str, Any], cached: bool, message: str) -> None:
     with pytest.raises(GoriError, match=message):
         check(distill(**more), student(), cached)
-
-
-def test_attention_is_refused_under_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert ranks.current().world == 2
-    check(distill(on_policy={}), student(), cached=False)
-    with pytest.raises(GoriError, match=r"distill.losses.attention works in one process alone"):
-        check(distill(losses={"forward_kl": 1.0, "attention": 0.1}), student(), cached=False)
 
 
 def asking(**sections: Any) -> Recipe:
