@@ -90,17 +90,19 @@ def take_layer(streams: Streams, layer: Layer, copy: Copy) -> dict[str, object]:
     for name in ("input_layernorm", "post_attention_layernorm"):
         copy.norm(getattr(target, name), getattr(old, name), f"layers.{layer.source}.{name}")
     entering = streams.taught(layer.source)
-    middle = _through_attention(old, entering, streams.teacher)
+    found = _heads(old, entering, streams.teacher)
+    middle = _written(old, entering, found)
     kept = (target.self_attn.cfg.kv_heads, target.self_attn.cfg.heads // target.self_attn.cfg.kv_heads)
     if layer.fit and target.self_attn.cfg.heads < old.self_attn.cfg.heads:
         added = [(m - x) @ copy.basis for m, x in zip(middle, entering, strict=True)]
-        heads = _fitting_heads(old, *kept, entering, added, streams.teacher)
+        heads = _fitting_heads(old, *kept, found, added)
     else:
         heads = _weighty_heads(old, *kept)
     groups = _copy_attention(target, old, heads, copy)
+    found = _heads(target, streams.own, streams.student)
     if layer.fit:
-        _fit_attention(target, streams, [m @ copy.basis for m in middle])
-    streams.own = _through_attention(target, streams.own, streams.student)
+        _fit_attention(target, found, streams.own, [m @ copy.basis for m in middle])
+    streams.own = _written(target, streams.own, found)
     taken = _take_mlp(target, old, middle, streams, layer, copy)
     return {"teacher_layer": layer.source, "groups": groups, "heads": heads, **taken}
 
@@ -116,15 +118,15 @@ def _weighty_heads(old: Block, groups: int, per: int) -> list[list[int]]:
 
 
 def _fitting_heads(
-    old: Block, groups: int, per: int, entering: Sequence[Tensor], wanted: Sequence[Tensor], model: Decoder
+    old: Block, groups: int, per: int, found: Sequence[Tensor], wanted: Sequence[Tensor]
 ) -> list[list[int]]:
     """The query heads, `per` in each of as many key/value groups, from which least squares comes nearest to what
     attention adds to the stream."""
     cfg = old.self_attn.cfg
     every = cfg.heads // cfg.kv_heads
     sums = Sums(cfg.heads * cfg.head_dim, wanted[0].shape[-1])
-    for x, w in zip(entering, wanted, strict=True):
-        sums.add(_heads(old, x, model).flatten(0, 1), w.flatten(0, 1))
+    for y, w in zip(found, wanted, strict=True):
+        sums.add(y.flatten(0, 1), w.flatten(0, 1))
 
     def allowed(chosen: list[int]) -> list[int]:
         taken = [h // every for h in chosen]
@@ -165,23 +167,24 @@ def _rows(heads: Sequence[int], d: int) -> Tensor:
     return (torch.tensor(heads).unsqueeze(1) * d + torch.arange(d)).flatten()
 
 
-def _through_attention(block: Block, entering: Sequence[Tensor], model: Decoder) -> list[Tensor]:
-    return [x + block.self_attn.o_proj(_heads(block, x, model)) for x in entering]
+def _heads(block: Block, entering: Sequence[Tensor], model: Decoder) -> list[Tensor]:
+    """What a block's heads find in the streams that enter it, `[B, T, H * head_dim]` a batch."""
+    return [block.self_attn(block.input_layernorm(x), model.rope_of(x), None, None) for x in entering]
 
 
-def _heads(block: Block, x: Tensor, model: Decoder) -> Tensor:
-    found = block.self_attn(block.input_layernorm(x), model.rope_of(x), None, None)
-    assert isinstance(found, Tensor)
-    return found
+def _written(block: Block, entering: Sequence[Tensor], found: Sequence[Tensor]) -> list[Tensor]:
+    """The streams after attention."""
+    return [x + block.self_attn.o_proj(y) for x, y in zip(entering, found, strict=True)]
 
 
-def _fit_attention(target: Block, streams: Streams, wanted: Sequence[Tensor]) -> None:
+def _fit_attention(
+    target: Block, found: Sequence[Tensor], entering: Sequence[Tensor], wanted: Sequence[Tensor]
+) -> None:
     """Change o_proj so that the stream after it is nearest to the wanted one."""
     o = target.self_attn.o_proj
     sums = Sums(o.in_features, o.out_features)
-    for x, w in zip(streams.own, wanted, strict=True):
-        heads = _heads(target, x, streams.student)
-        sums.add(heads.flatten(0, 1), (w - (x + o(heads))).flatten(0, 1))
+    for y, reached, w in zip(found, _written(target, entering, found), wanted, strict=True):
+        sums.add(y.flatten(0, 1), (w - reached).flatten(0, 1))
     o.weight += sums.correction().to(o.weight.dtype)
 
 

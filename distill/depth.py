@@ -73,11 +73,20 @@ def loss_of(model: Decoder, calibration: Sequence[Tensor], answers: Sequence[Ten
     """Mean cross-entropy of the calibration tokens, nats a token; arguments as in `least_missed`."""
     total, counted = 0.0, 0
     for n, ids_BT in enumerate(calibration):
-        wanted_BT = answers[n][:, 1:] if answers else torch.ones_like(ids_BT[:, 1:], dtype=torch.bool)
-        logits = model.logits(model.hidden(ids_BT)[:, :-1][wanted_BT])
-        total += float(F.cross_entropy(logits.float(), ids_BT[:, 1:][wanted_BT], reduction="sum"))
-        counted += len(logits)
+        wanted_BT = _wanted(ids_BT, n, answers)
+        total += _loss_sum(model, model.hidden(ids_BT), ids_BT, wanted_BT)
+        counted += int(wanted_BT.sum())
     return total / counted
+
+
+def _wanted(ids_BT: Tensor, n: int, answers: Sequence[Tensor]) -> Tensor:
+    """bool `[B, T - 1]`: of the n-th batch, the tokens after the first whose loss counts."""
+    return answers[n][:, 1:] if answers else torch.ones_like(ids_BT[:, 1:], dtype=torch.bool)
+
+
+def _loss_sum(model: Decoder, hidden_BTD: Tensor, ids_BT: Tensor, wanted_BT: Tensor) -> float:
+    logits = model.logits(hidden_BTD[:, :-1][wanted_BT])
+    return float(F.cross_entropy(logits.float(), ids_BT[:, 1:][wanted_BT], reduction="sum"))
 
 
 @torch.no_grad()
@@ -91,16 +100,14 @@ def without_each(
     blocks = [teacher.layers[i] for i in kept]
     sums, counted = [0.0] * len(blocks), 0
     for n, ids_BT in enumerate(calibration):
-        wanted_BT = answers[n][:, 1:] if answers else torch.ones_like(ids_BT[:, 1:], dtype=torch.bool)
-        targets = ids_BT[:, 1:][wanted_BT]
-        counted += len(targets)
+        wanted_BT = _wanted(ids_BT, n, answers)
+        counted += int(wanted_BT.sum())
         x_BTD = teacher.embed_tokens(ids_BT)
         rope = teacher.rope_of(x_BTD)
         for i, block in enumerate(blocks):
             y_BTD = x_BTD
             for later in blocks[i + 1 :]:
                 y_BTD = later(y_BTD, rope, None, None, None)
-            logits = teacher.logits(teacher.norm(y_BTD)[:, :-1][wanted_BT])
-            sums[i] += float(F.cross_entropy(logits.float(), targets, reduction="sum"))
+            sums[i] += _loss_sum(teacher, teacher.norm(y_BTD), ids_BT, wanted_BT)
             x_BTD = block(x_BTD, rope, None, None, None)
     return [s / counted for s in sums]
