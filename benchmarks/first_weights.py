@@ -2,14 +2,17 @@
 
     python benchmarks/distillation.py --task incar --settings few --seeds 1 --variants "teacher,dense teacher" --out OUT
     python benchmarks/first_weights.py OUT
+    python benchmarks/first_weights.py --cost 768,32,512,2048
 
 OUT/base then has a mixture of experts and a dense teacher of the same active parameters. Cross-entropy, nats a token,
-of the dev rows' answers; nothing is drawn, so there is one figure for each. Prints a Markdown table.
+of the dev rows' answers; nothing is drawn, so there is one figure for each. Prints a Markdown table. --cost has random
+weights: core-seconds and memory of one layer, for shapes as they are in large models.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +25,7 @@ from gori.data import encode
 from gori.distill.depth import loss_of
 from gori.distill.initialise import from_teacher
 from gori.distill.stage import calibration
-from gori.model import Decoder
+from gori.model import Decoder, ModelConfig
 from gori.tokenizer import Tokenizer
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -44,12 +47,42 @@ DENSE: dict[str, dict[str, Any]] = {"as they are": {"fit": False}, "fitted": {}}
 PCA: dict[str, dict[str, Any]] = {"pca": {"width": "pca", "fit": False}, "pca, fitted": {"width": "pca"}}
 
 
+def cost(hidden: int, experts: int, each: int, neurons: int) -> None:
+    """Take one layer of a mixture on one thread; its calibration is as long as a recipe's: 8 tokens a neuron."""
+    torch.manual_seed(0)
+    cfg = ModelConfig(
+        kind="qwen3_moe", vocab_size=8192, hidden_size=hidden, layers=1, heads=hidden // 64, kv_heads=hidden // 128,
+        head_dim=64, intermediate_size=each, experts=experts, experts_per_token=4, max_position=512, tied=False,
+    )  # fmt: skip
+    teacher = Decoder(cfg).eval()
+    dense = replace(cfg, kind="qwen3", intermediate_size=neurons, experts=0, experts_per_token=0)
+    student = Decoder(dense).eval()
+    calibration = [torch.randint(0, cfg.vocab_size, (8, 256)) for _ in range(8 * neurons // 2048)]
+    before, began = peak_mib(), time.process_time()
+    from_teacher(student, teacher, calibration)
+    spent = time.process_time() - began
+    print(
+        f"{neurons} neurons of {experts} experts of {each}, width {hidden}: {spent:.0f} core-s a layer, "
+        f"{peak_mib() - before} MiB more than the models"
+    )
+
+
+def peak_mib() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder that benchmarks/distillation.py wrote")
+    parser.add_argument("out", type=Path, nargs="?", help="folder that benchmarks/distillation.py wrote")
     parser.add_argument("--data", type=Path, help="folder of dev.jsonl and tools.json, by default OUT/base/data")
+    parser.add_argument("--cost", metavar="WIDTH,EXPERTS,NEURONS OF ONE,STUDENT'S NEURONS")
     a = parser.parse_args()
     torch.set_num_threads(1)
+    if a.cost:
+        cost(*map(int, a.cost.split(",")))
+        return
+    if a.out is None:
+        parser.error("say which folder benchmarks/distillation.py wrote, or --cost")
     data = a.data or a.out / "base" / "data"
     tokenizer = Tokenizer.load(a.out / "base" / "tokenizer")
     rows = corpus.read(a.out / "few" / "train.jsonl", data / "dev.jsonl", [data / "dev.jsonl"], data / "tools.json")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from decoders import random_decoder
 from gori.distill.experts import candidates, expert, routing
-from gori.distill.fit import RIDGE, Sums, block_selection, forward_selection, group_scales
+from gori.distill.fit import POOL, RIDGE, Sums, block_selection, forward_selection, group_scales
 from gori.distill.initialise import from_teacher
 from gori.model import MLP, Block, Decoder, ModelConfig, MoE
 
@@ -67,6 +67,29 @@ def test_inputs_are_taken_as_brute_force_takes_them(inputs: int, width: int, see
         taken.append(min(errors, key=lambda j: errors[j]))
     assert forward_selection(sums, count).tolist() == sorted(taken)
     assert block_selection(sums, 1, lambda chosen: [j for j in range(inputs) if j not in chosen], count) == taken
+
+
+@given(st.integers(8, 24), st.integers(1, 8), st.integers(0, 999))
+def test_rounds_that_look_at_every_input_choose_as_single_steps_do(inputs: int, count: int, seed: int) -> None:
+    _, _, sums = problem(inputs, 3, seed)
+    exact = forward_selection(sums, count, at_once=1)
+    assert forward_selection(sums, count, at_once=inputs // POOL + 1).tolist() == exact.tolist()
+
+
+def test_rounds_lose_little_to_single_steps() -> None:
+    lost = []
+    for seed in range(20):
+        a, y, sums = problem(96, 24, seed)
+        wide_a, wide_y = damped(a, y)
+
+        def error(rows: Tensor, a: np.ndarray = wide_a, y: np.ndarray = wide_y) -> float:
+            columns = a[:, rows.numpy()]
+            return float(np.square(columns @ np.linalg.lstsq(columns, y, rcond=None)[0] - y).sum())
+
+        singles, rounds = (error(forward_selection(sums, 24, n)) for n in (1, 4))
+        some = error(torch.randperm(96, generator=torch.Generator().manual_seed(seed))[:24])
+        lost.append((rounds - singles) / (some - singles))
+    assert np.mean(lost) < 0.1, "of what choosing gains over chance"
 
 
 def test_blocks_are_taken_as_brute_force_takes_them() -> None:
