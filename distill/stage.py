@@ -105,15 +105,11 @@ def train_student(
         places = replace(places, answers=out.with_name(f"{out.name}-answers"))
         assert places.answers is not None
         unlabelled.write_answers(distill.unlabelled, teacher_dir, tokenizer_dir, corpus, seed, places.answers)
-        if not places.answers.exists():
-            return False  # only planned: what follows would run too
     for i, step in enumerate(distill.progressive, 1):
         way = replace(places, out=out.with_name(f"{out.name}-{i}"))
         larger = on_the_way(student, step)
         update = {"train": distill.train.model_copy(update={"steps": step.steps}), "pairs": None, "progressive": []}
         _train("distill", larger, _taking(distill, way).model_copy(update=update), way)
-        if not way.out.exists():
-            return False
         places = replace(places, source=way.out)
     return _train("distill", student, _taking(distill, places), places)
 

@@ -14,7 +14,7 @@ import platform
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -34,14 +34,10 @@ LIBRARIES = ("torch", "torchao", "executorch", "transformers", "tokenizers", "sa
 
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_stream(f)
-
-
-def _sha256_stream(f: Any) -> str:
     digest = hashlib.sha256()
-    while block := f.read(1 << 20):
-        digest.update(block)
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -59,10 +55,8 @@ def library_versions(names: Sequence[str] = LIBRARIES) -> dict[str, str]:
     """Versions of python, gori and of those of `names` that are installed."""
     found = {"python": platform.python_version(), "gori": gori.__version__}
     for name in names:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -328,7 +322,6 @@ def check_plain(directory: Path) -> None:
 
 def content_hash(path: Path) -> str:
     """What identifies an input: a file's SHA-256, or of a directory the hash over its files (manifest apart)."""
-    path = Path(path)
     if path.is_file():
         return sha256_file(path)
     if not path.is_dir():
@@ -350,18 +343,24 @@ def gate(name: str, value: float, bound: float, *, at_least: bool) -> dict[str, 
     return {"name": name, "value": value, "bound": bound, "at_least": at_least, "met": bool(met)}
 
 
-_planned: list[bool] | None = None
+class WouldMake(BaseException):
+    """Ends a stage that is only asked whether it would make something."""
 
 
-@contextmanager
-def planning() -> Iterator[list[bool]]:
-    """Inside, `make` makes nothing: it notes in the list whether each artifact asked for would be made."""
-    global _planned
-    _planned = []
+_only_asked = False
+
+
+def would_make(stage: Callable[[], object]) -> bool:
+    """Whether a stage would make any of its artifacts anew. It makes nothing, and ends at the first that it would."""
+    global _only_asked
+    _only_asked = True
     try:
-        yield _planned
+        stage()
+        return False
+    except WouldMake:
+        return True
     finally:
-        _planned = None
+        _only_asked = False
 
 
 def make(
@@ -373,9 +372,10 @@ def make(
     `scratch` is a file or folder that only an unfinished run needs; it is removed once `out` is whole.
     Under torchrun every rank calls it and the first builds alone; `by_all`: all build, and the first alone writes.
     """
-    if _planned is not None:
-        _planned.append(not is_current(out, manifest.fingerprint))
-        return False
+    if _only_asked:
+        if is_current(out, manifest.fingerprint):
+            return False
+        raise WouldMake
 
     def write() -> None:
         with writing(out) as tmp:

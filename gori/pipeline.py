@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from gori import console, corpus
-from gori.artifact import Manifest, content_hash, make, planning, write_json
+from gori.artifact import Manifest, content_hash, make, would_make, write_json
 from gori.errors import GateError, GoriError
 from gori.gates import check as check_gates
 from gori.gates import verdicts
 from gori.parallel import cores, only_run, together
 from gori.quantize.schemes import canonical, embedding_scheme, scheme
-from gori.ranks import by_first, joined
+from gori.ranks import by_first, current, joined
 from gori.recipe import Recipe
 from gori.targets import answering, target
 
@@ -302,6 +302,7 @@ def check(recipe: Recipe, until: str = "report") -> None:
     from gori.export.weights import check_scheme
     from gori.quantize.layout import check_width
     from gori.quantize.methods import method, options
+    from gori.quantize.mix import mix_of
     from gori.teacher.foreign_recipe import check_teacher
 
     check_recipe(recipe, student=STAGES.index(until) >= STAGES.index("distill"))
@@ -310,8 +311,6 @@ def check(recipe: Recipe, until: str = "report") -> None:
     q, student = recipe.quantize, recipe.student
     options(method(q.method), q.options)
     if q.mix or q.bits_per_weight:
-        from gori.quantize.mix import mix_of
-
         mix_of(q.mix or "", q.scheme, q.embedding, q.bits_per_weight, None)
     widths = {
         "the student's hidden_size": student.hidden_size,
@@ -350,11 +349,12 @@ def _run_group(run: Run, group: tuple[str, ...]) -> None:
     """A student and its control get half the cores each, also where one runs alone: the number of threads changes the
     last bits of what is trained."""
     halves = len(group) > 1 or (group == ("distill",) and run.recipe.distill.control != "none")
-    if halves:
-        together([(_job, (run.recipe, run.out, stage)) for stage in group], share=max(1, cores() // 2))
-    else:
-        for stage in group:
-            RUNNERS[stage](run)
+    # a process of its own costs seconds, too much to find that nothing changed
+    apart = [s for s in group if current().world > 1 or _would_run(run, s)] if halves else []
+    for stage in (s for s in group if s not in apart):
+        RUNNERS[stage](run)
+    if apart:
+        together([(_job, (run.recipe, run.out, stage)) for stage in apart], share=max(1, cores() // 2))
 
 
 def _job(recipe: Recipe, out: Path, stage: str) -> None:
@@ -395,6 +395,4 @@ def _idle(run: Run, stage: str) -> str | None:
 
 
 def _would_run(run: Run, stage: str) -> bool:
-    with planning() as made:
-        RUNNERS[stage](run)
-    return any(made)
+    return would_make(lambda: RUNNERS[stage](run))

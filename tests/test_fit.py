@@ -24,7 +24,7 @@ DENSE = ModelConfig(
     init_std=0.3, max_position=64, tied=False,
 )  # fmt: skip
 MOE = dataclasses.replace(DENSE, kind="qwen3_moe", intermediate_size=12, experts=4, experts_per_token=2)
-CALIBRATION = [torch.randint(0, 53, (2, 20), generator=torch.Generator().manual_seed(i)) for i in range(60)]
+CALIBRATION = [torch.randint(0, 53, (24, 20), generator=torch.Generator().manual_seed(i)) for i in range(5)]
 
 
 def problem(inputs: int, width: int, seed: int) -> tuple[Tensor, Tensor, Sums]:

@@ -30,7 +30,7 @@ STAGES = ("data", "tokenizer", "teacher", "distill", "control", "quantize", "exp
 
 def write_recipe(directory: Path, **changes: Any) -> Path:
     """A recipe on 200 rows of the in-car task, as one's own files."""
-    incar.write(directory, seed=3, train=200, dev=20, test=20)
+    incar.write(directory, seed=3, train=200, dev=6, test=8)  # weights of 12 steps talk until they are cut off
     body = {
         "name": "tiny",
         "seed": 3,
@@ -96,7 +96,7 @@ def test_the_summary_has_every_model_on_every_split(tiny: Path) -> None:
     for by_split in summary["accuracy"].values():
         assert list(by_split) == ["template", "none"]
         for entry in by_split.values():
-            assert entry["n"] == 20
+            assert entry["n"] == 8
             assert entry["exact"] == pytest.approx((entry["ko"] + entry["en"]) / 2)
     assert summary["bytes"]["executorch"] == (tiny / "out/export/executorch/model.pte").stat().st_size
     assert summary["parameters"]["student"] < summary["parameters"]["teacher"]
@@ -110,7 +110,8 @@ def test_every_stage_left_a_manifest_of_its_files(tiny: Path) -> None:
     assert not list((tiny / "out").glob(".*.pt"))
 
 
-def test_a_second_run_does_nothing_again(tiny: Path) -> None:
+def test_a_second_run_does_nothing_again_and_starts_no_process(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gori.pipeline.together", lambda *_, **__: pytest.fail("a process was started"))
     before = {p: p.stat().st_mtime_ns for p in (tiny / "out").rglob("manifest.json")}
     run_recipe(recipe.load(tiny / "recipe.yaml"), tiny / "out")
     assert {p: p.stat().st_mtime_ns for p in (tiny / "out").rglob("manifest.json")} == before
@@ -145,6 +146,15 @@ def test_a_dry_run_says_which_stages_a_changed_setting_makes_anew_and_makes_noth
     assert all("comes out another" in states[s] for s in PLANS[override][1:] if s != "control")
     assert ("from its checkpoint" in states["teacher"]) == ("teacher" in PLANS[override])
     assert hash_files(tiny / "out") == before
+
+
+def test_a_dry_run_of_a_run_that_stopped_before_its_export_says_that_it_would_export(
+    tiny: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(tiny / "out", tmp_path / "out")
+    shutil.rmtree(out / "export")
+    states = dict(plan(Run(recipe.load(tiny / "recipe.yaml"), out), "report"))
+    assert [s for s, state in states.items() if state.startswith("runs")] == ["export", "evaluate", "report"]
 
 
 def test_the_report_is_one_page_without_network_or_script(tiny: Path) -> None:
