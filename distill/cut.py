@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gori.distill.basis import Seen, norm_scale
 from gori.distill.experts import How, Neurons, Score, candidates
-from gori.distill.fit import Sums, block_selection, forward_selection, group_scales
+from gori.distill.fit import Sums, forward_selection, group_scales
 from gori.model import MLP, Block, Decoder
 from gori.norm import RMSNorm
 
@@ -90,14 +90,9 @@ def take_layer(streams: Streams, layer: Layer, copy: Copy) -> dict[str, object]:
     for name in ("input_layernorm", "post_attention_layernorm"):
         copy.norm(getattr(target, name), getattr(old, name), f"layers.{layer.source}.{name}")
     entering = streams.taught(layer.source)
-    found = _heads(old, entering, streams.teacher)
-    middle = _written(old, entering, found)
-    kept = (target.self_attn.cfg.kv_heads, target.self_attn.cfg.heads // target.self_attn.cfg.kv_heads)
-    if layer.fit and target.self_attn.cfg.heads < old.self_attn.cfg.heads:
-        added = [(m - x) @ copy.basis for m, x in zip(middle, entering, strict=True)]
-        heads = _fitting_heads(old, *kept, found, added)
-    else:
-        heads = _weighty_heads(old, *kept)
+    middle = _written(old, entering, _heads(old, entering, streams.teacher))
+    cfg = target.self_attn.cfg
+    heads = _weighty_heads(old, cfg.kv_heads, cfg.heads // cfg.kv_heads)
     groups = _copy_attention(target, old, heads, copy)
     found = _heads(target, streams.own, streams.student)
     if layer.fit:
@@ -108,37 +103,17 @@ def take_layer(streams: Streams, layer: Layer, copy: Copy) -> dict[str, object]:
 
 
 def _weighty_heads(old: Block, groups: int, per: int) -> list[list[int]]:
-    """The key/value groups, and in each the query heads, whose value-to-output paths weigh most."""
+    """The key/value groups, and in each the query heads, whose value-to-output paths weigh most.
+
+    Not those from which least squares comes nearest to the stream, as neurons are chosen: a head that copies is silent
+    at most tokens, and a student without it never learns as well (docs/distillation.md).
+    """
     b = old.self_attn
     d, every = b.cfg.head_dim, b.cfg.heads // b.cfg.kv_heads
     out_GQDd = b.o_proj.weight.view(-1, b.cfg.kv_heads, every, d).permute(1, 2, 0, 3)
     weight_GQ = out_GQDd.square().sum((-2, -1)) * b.v_proj.weight.view(b.cfg.kv_heads, 1, -1).square().sum(-1)
     kept = weight_GQ.sum(1).topk(groups).indices.sort().values.tolist()
     return [[g * every + q for q in sorted(weight_GQ[g].topk(per).indices.tolist())] for g in kept]
-
-
-def _fitting_heads(
-    old: Block, groups: int, per: int, found: Sequence[Tensor], wanted: Sequence[Tensor]
-) -> list[list[int]]:
-    """The query heads, `per` in each of as many key/value groups, from which least squares comes nearest to what
-    attention adds to the stream."""
-    cfg = old.self_attn.cfg
-    every = cfg.heads // cfg.kv_heads
-    sums = Sums(cfg.heads * cfg.head_dim, wanted[0].shape[-1])
-    for y, w in zip(found, wanted, strict=True):
-        sums.add(y.flatten(0, 1), w.flatten(0, 1))
-
-    def allowed(chosen: list[int]) -> list[int]:
-        taken = [h // every for h in chosen]
-        full = len(set(taken)) == groups
-        return [
-            h
-            for h in range(cfg.heads)
-            if h not in chosen and taken.count(h // every) < per and (not full or h // every in taken)
-        ]
-
-    chosen = sorted(block_selection(sums, cfg.head_dim, allowed, groups * per))
-    return [chosen[i : i + per] for i in range(0, len(chosen), per)]
 
 
 def _copy_attention(target: Block, source: Block, heads: Sequence[Sequence[int]], copy: Copy) -> list[int]:

@@ -6,8 +6,6 @@ Shapes in names: N tokens, I inputs (neurons, or what heads found), D width of w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import Tensor
 
@@ -103,31 +101,6 @@ def _first_of_pool(gram_PP: Tensor, cross_PD: Tensor, count: int, ridge: Tensor)
         rest_PD -= factor_PK[:, k, None] * explained_KD[k]
         left_P = (left_P - factor_PK[:, k].square()).clamp_min(ridge)
     return picks, factor_PK[picks].tril(), explained_KD
-
-
-def block_selection(sums: Sums, size: int, allowed: Callable[[list[int]], Sequence[int]], count: int) -> list[int]:
-    """`count` blocks of `size` inputs each, in the order of taking, chosen as single inputs are by `forward_selection`;
-    of those taken so far `allowed` says which may come next."""
-    gram_II, cross_ID = sums.gram_II.clone(), sums.cross_ID.clone()
-    ridge = RIDGE * gram_II.diagonal().mean().clamp_min(1e-30) * torch.eye(size).double()
-    chosen: list[int] = []
-
-    def inverse(b: int) -> tuple[slice, Tensor]:
-        rows = slice(b * size, (b + 1) * size)
-        return rows, torch.linalg.inv(gram_II[rows, rows] + ridge)
-
-    def gain(b: int) -> float:
-        rows, inv = inverse(b)
-        return float((cross_ID[rows] * (inv @ cross_ID[rows])).sum())
-
-    for _ in range(count):
-        best = max(allowed(chosen), key=gain)
-        rows, inv = inverse(best)
-        carried = gram_II[:, rows] @ inv
-        cross_ID -= carried @ cross_ID[rows]
-        gram_II -= carried @ gram_II[rows].clone()
-        chosen.append(best)
-    return chosen
 
 
 def group_scales(sums: Sums, weight_DI: Tensor, group_I: Tensor) -> Tensor:

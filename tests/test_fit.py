@@ -15,7 +15,7 @@ from torch import Tensor
 
 from decoders import random_decoder
 from gori.distill.experts import candidates, expert, routing
-from gori.distill.fit import POOL, RIDGE, Sums, block_selection, forward_selection, group_scales
+from gori.distill.fit import POOL, RIDGE, Sums, forward_selection, group_scales
 from gori.distill.initialise import from_teacher
 from gori.model import MLP, Block, Decoder, ModelConfig, MoE
 
@@ -66,7 +66,6 @@ def test_inputs_are_taken_as_brute_force_takes_them(inputs: int, width: int, see
             errors[j] = np.square(columns @ np.linalg.lstsq(columns, wide_y, rcond=None)[0] - wide_y).sum()
         taken.append(min(errors, key=lambda j: errors[j]))
     assert forward_selection(sums, count).tolist() == sorted(taken)
-    assert block_selection(sums, 1, lambda chosen: [j for j in range(inputs) if j not in chosen], count) == taken
 
 
 @given(st.integers(8, 24), st.integers(1, 8), st.integers(0, 999))
@@ -90,21 +89,6 @@ def test_rounds_lose_little_to_single_steps() -> None:
         some = error(torch.randperm(96, generator=torch.Generator().manual_seed(seed))[:24])
         lost.append((rounds - singles) / (some - singles))
     assert np.mean(lost) < 0.1, "of what choosing gains over chance"
-
-
-def test_blocks_are_taken_as_brute_force_takes_them() -> None:
-    for seed in range(5):
-        a, y, sums = problem(12, 3, seed)
-        wide_a, wide_y = damped(a, y)
-
-        def error(blocks: tuple[int, ...], a: np.ndarray = wide_a, y: np.ndarray = wide_y) -> float:
-            columns = a[:, [b * 3 + i for b in blocks for i in range(3)]]
-            return float(np.square(columns @ np.linalg.lstsq(columns, y, rcond=None)[0] - y).sum())
-
-        first = min(range(4), key=lambda b: error((b,)))
-        second = min(set(range(4)) - {first}, key=lambda b: error((first, b)))
-        found = block_selection(sums, 3, lambda chosen: [b for b in range(4) if b not in chosen], 2)
-        assert found == [first, second]
 
 
 @given(st.integers(0, 999))
@@ -164,23 +148,6 @@ def test_a_layer_makes_up_for_the_one_that_is_left_out_behind_it() -> None:
     assert gap(student, teacher) < 1e-3
     from_teacher(student, teacher, CALIBRATION, layers=[0, 2], fit=False)
     assert gap(student, teacher) > 0.05
-
-
-def test_heads_that_say_what_others_say_are_left_out() -> None:
-    """Two heads of four are copies: whichever two are kept, they are no pair of copies, and nothing is lost."""
-    cfg = dataclasses.replace(DENSE, heads=4, kv_heads=4)
-    teacher = random_decoder(cfg).eval()
-    with torch.no_grad():
-        for block in teacher.layers:
-            assert isinstance(block, Block)
-            for m in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj):
-                heads = m.weight.view(4, 8, -1)
-                heads[2], heads[3] = heads[0], heads[1]
-    student = random_decoder(dataclasses.replace(cfg, heads=2, kv_heads=2), seed=1).eval()
-    report = from_teacher(student, teacher, CALIBRATION).report
-    for layer in report["layers"]:  # type: ignore[attr-defined]
-        assert sorted(h % 2 for group in layer["heads"] for h in group) == [0, 1]
-    assert gap(student, teacher) < 1e-3
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 1), (2, 2), (4, 2), (1, 1), (3, 1)])
