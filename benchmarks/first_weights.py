@@ -12,7 +12,6 @@ weights: core-seconds and memory of one layer, for shapes as they are in large m
 from __future__ import annotations
 
 import argparse
-import resource
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from gori import checkpoint, console, corpus
 from gori.data import encode
 from gori.distill.depth import loss_of
 from gori.distill.initialise import from_teacher
-from gori.distill.stage import calibration
+from gori.distill.stage import TOKENS_A_NEURON, calibration
 from gori.model import Decoder, ModelConfig
 from gori.tokenizer import Tokenizer
 
@@ -48,7 +47,7 @@ PCA: dict[str, dict[str, Any]] = {"pca": {"width": "pca", "fit": False}, "pca, f
 
 
 def cost(hidden: int, experts: int, each: int, neurons: int) -> None:
-    """Take one layer of a mixture on one thread; its calibration is as long as a recipe's: 8 tokens a neuron."""
+    """Take one layer of a mixture on one thread; its calibration is as long as a recipe's."""
     torch.manual_seed(0)
     cfg = ModelConfig(
         kind="qwen3_moe", vocab_size=8192, hidden_size=hidden, layers=1, heads=hidden // 64, kv_heads=hidden // 128,
@@ -57,18 +56,14 @@ def cost(hidden: int, experts: int, each: int, neurons: int) -> None:
     teacher = Decoder(cfg).eval()
     dense = replace(cfg, kind="qwen3", intermediate_size=neurons, experts=0, experts_per_token=0)
     student = Decoder(dense).eval()
-    calibration = [torch.randint(0, cfg.vocab_size, (8, 256)) for _ in range(8 * neurons // 2048)]
-    before, began = peak_mib(), time.process_time()
-    from_teacher(student, teacher, calibration)
+    ids = [torch.randint(0, cfg.vocab_size, (8, 256)) for _ in range(TOKENS_A_NEURON * neurons // 2048)]
+    before, began = console.peak_rss_mib(), time.process_time()
+    from_teacher(student, teacher, ids)
     spent = time.process_time() - began
     print(
         f"{neurons} neurons of {experts} experts of {each}, width {hidden}: {spent:.0f} core-s a layer, "
-        f"{peak_mib() - before} MiB more than the models"
+        f"{console.peak_rss_mib() - before:.0f} MiB more than the models"
     )
-
-
-def peak_mib() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
 def main() -> None:
