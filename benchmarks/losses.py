@@ -1,11 +1,13 @@
 """Time and extra memory of the chunked linear-KL loss against the plain one: logits whole, gradients by autograd.
 
     python benchmarks/losses.py --tokens 8192 --vocabulary 131072 --width 512 --rounds 3
+    python benchmarks/losses.py --dtype bfloat16 --width 2048 --teacher-width 4096 --divergence jsd \\
+        --variants plain,chunked,compiled,liger,liger-triton             # a GPU, beside liger-kernel's losses
 
 Every measurement is a process of its own, the variants in turn: loss, forward and backward once to warm up (not with
---cold), then once measured. Extra memory is the peak resident size over what the process held before (inputs
-included). The plain loss of 8,192 tokens and 128k entries needs some 18 GB. liger-kernel's losses are Triton kernels:
-they are measured where a GPU and the package are there, and said to be missing where not.
+--cold), then once measured, on a GPU the median of ten. Extra memory is the peak over what the process held before
+(inputs included): resident size, on a GPU what torch allocated. The plain loss of 8,192 tokens and 128k entries needs
+some 18 GB. liger-kernel's losses are measured where a GPU and the package are there, and said to be missing where not.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import resource
 import statistics
 import subprocess
@@ -20,53 +23,78 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from gori.chunked import cross_entropy
 from gori.distill.losses import distillation_loss, sparse_loss
 
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, str], Tensor]
+"""(hidden, head, teacher's hidden, teacher's head, targets, divergence) → mean loss of a token."""
 
 
-def plain(h: Tensor, W: Tensor, th: Tensor, tW: Tensor, y: Tensor) -> Tensor:
+def plain(h: Tensor, W: Tensor, th: Tensor, tW: Tensor, y: Tensor, divergence: str) -> Tensor:
     with torch.no_grad():
-        p = (th @ tW.T).log_softmax(-1)
-    return torch.nn.functional.kl_div((h @ W.T).log_softmax(-1), p, log_target=True, reduction="batchmean")
+        p = (th @ tW.T).float().log_softmax(-1)
+    q = (h @ W.T).float().log_softmax(-1)
+    kl = partial(torch.nn.functional.kl_div, log_target=True, reduction="batchmean")
+    if divergence == "forward_kl":
+        return kl(q, p)
+    m = torch.logaddexp(p, q) - math.log(2)
+    return 0.5 * kl(m, p) + 0.5 * kl(m, q)
 
 
-def chunked(h: Tensor, W: Tensor, th: Tensor, tW: Tensor, y: Tensor) -> Tensor:
-    return distillation_loss(h, W, th, tW, y, {"forward_kl": 1.0})[0]
+def chunked(h: Tensor, W: Tensor, th: Tensor, tW: Tensor, y: Tensor, divergence: str) -> Tensor:
+    return distillation_loss(h, W, th, tW, y, {divergence: 1.0})[0]
 
 
-def compiled(h: Tensor, W: Tensor, th: Tensor, tW: Tensor, y: Tensor) -> Tensor:
-    return distillation_loss(h, W, th, tW, y, {"forward_kl": 1.0}, compiled=True)[0]
+def compiled(h: Tensor, W: Tensor, th: Tensor, tW: Tensor, y: Tensor, divergence: str) -> Tensor:
+    return distillation_loss(h, W, th, tW, y, {divergence: 1.0}, compiled=True)[0]
 
 
-def cached(h: Tensor, W: Tensor, th: Tensor, tW: Tensor, y: Tensor) -> Tensor:
-    ids = (y.unsqueeze(1) + torch.arange(12)) % len(W)
-    return sparse_loss(h, W, ids, torch.full(ids.shape, 1 / 12), y, {"forward_kl": 1.0})[0]
+def cached(h: Tensor, W: Tensor, th: Tensor, tW: Tensor, y: Tensor, _: str) -> Tensor:
+    ids = (y.unsqueeze(1) + torch.arange(12, device=y.device)) % len(W)
+    return sparse_loss(h, W, ids, torch.full(ids.shape, 1 / 12, device=y.device), y, {"forward_kl": 1.0})[0]
 
 
-def plain_ce(h: Tensor, W: Tensor, th: Tensor, tW: Tensor, y: Tensor) -> Tensor:
-    return torch.nn.functional.cross_entropy(h @ W.T, y)
+def plain_ce(h: Tensor, W: Tensor, th: Tensor, tW: Tensor, y: Tensor, _: str) -> Tensor:
+    return torch.nn.functional.cross_entropy((h @ W.T).float(), y)
 
 
-def liger(h: Tensor, W: Tensor, th: Tensor, tW: Tensor, y: Tensor) -> Tensor:
+def chunked_ce(h: Tensor, W: Tensor, th: Tensor, tW: Tensor, y: Tensor, _: str) -> Tensor:
+    return cross_entropy(h, W, y)
+
+
+BETA = {"forward_kl": 0.0, "jsd": 0.5}
+
+
+def liger(h: Tensor, W: Tensor, th: Tensor, tW: Tensor, y: Tensor, divergence: str) -> Tensor:
     from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction  # pyright: ignore
 
-    return LigerFusedLinearJSDFunction.apply(h, W, th, tW, y, None, None, 0.0, 1.0, 0.0)
+    return LigerFusedLinearJSDFunction.apply(h, W, th, tW, y, None, None, 0.0, 1.0, BETA[divergence])
+
+
+def liger_triton(h: Tensor, W: Tensor, th: Tensor, tW: Tensor, y: Tensor, divergence: str) -> Tensor:
+    from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD  # pyright: ignore
+
+    return LigerFusedLinearJSD(BETA[divergence])(h, W, th, tW, None)
 
 
 VARIANTS: dict[str, Loss] = {
     "plain": plain,
     "chunked": chunked,
     "compiled": compiled,
-    "12 entries": cached,
-    "plain ce": plain_ce,
+    "12-entries": cached,
+    "plain-ce": plain_ce,
+    "chunked-ce": chunked_ce,
     "liger": liger,
+    "liger-triton": liger_triton,
 }
+REPEATS = 10
+"""Measurements of one process on a GPU."""
 
 
 def resident_bytes(field: str = "VmRSS") -> int:
@@ -92,40 +120,51 @@ class Peak:
         return max(self.bytes, resident_bytes())
 
 
-def measure(name: str, tokens: int, vocabulary: int, width: int, teacher_width: int, warm: bool) -> dict[str, float]:
+def measure(a: argparse.Namespace) -> dict[str, float]:
     """One measurement in this process."""
     torch.set_num_threads(1)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    g = torch.Generator().manual_seed(0)
-    h, W = torch.randn(tokens, width, generator=g), torch.randn(vocabulary, width, generator=g) * width**-0.5
-    th, tW = (
-        torch.randn(tokens, teacher_width, generator=g),
-        torch.randn(vocabulary, teacher_width, generator=g) * teacher_width**-0.5,
-    )
-    y = torch.randint(0, vocabulary, (tokens,), generator=g)
-    h, W, th, tW, y = (t.to(device) for t in (h, W, th, tW, y))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    g, dtype, loss = torch.Generator(device).manual_seed(0), getattr(torch, a.dtype), VARIANTS[a.one]
+
+    def drawn(rows: int, width: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(rows, width, generator=g, device=device) * scale).to(dtype)
+
+    h, W = drawn(a.tokens, a.width), drawn(a.vocabulary, a.width, a.width**-0.5)
+    th, tW = drawn(a.tokens, a.teacher_width), drawn(a.vocabulary, a.teacher_width, a.teacher_width**-0.5)
+    y = torch.randint(0, a.vocabulary, (a.tokens,), generator=g, device=device)
     h.requires_grad_(), W.requires_grad_()
-    if warm:
-        few = tokens // 16
-        VARIANTS[name](h[:few].detach().requires_grad_(), W, th[:few], tW, y[:few]).backward()
-        W.grad = None
-    before, peak, began = resident_bytes(), Peak(), time.monotonic()
-    value = VARIANTS[name](h, W, th, tW, y)
-    value.backward()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    spent = time.monotonic() - began
-    extra = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak.end() - before
+    if not a.cold:
+        few = a.tokens if cuda else a.tokens // 16
+        for _ in range(3 if cuda else 1):
+            loss(h[:few].detach().requires_grad_(), W, th[:few], tW, y[:few], a.divergence).backward()
+            W.grad = None
+    times, value = [], torch.zeros(())
+    before, peak = torch.cuda.memory_allocated() if cuda else resident_bytes(), Peak()
+    for _ in range(REPEATS if cuda else 1):
+        h.grad = W.grad = None
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+        began = time.monotonic()
+        value = loss(h, W, th, tW, y, a.divergence)
+        value.backward()
+        if cuda:
+            torch.cuda.synchronize()
+        times.append(time.monotonic() - began)
+    highest = torch.cuda.max_memory_allocated() if cuda else peak.end()
     assert h.grad is not None
-    return {"seconds": spent, "extra_bytes": extra, "loss": value.item(), "gradient": float(h.grad.norm())}
+    assert W.grad is not None
+    norms = {"gradient": float(h.grad.float().norm()), "of_head": float(W.grad.float().norm())}
+    return {"seconds": statistics.median(times), "extra_bytes": highest - before, "loss": value.item(), **norms}
 
 
 def missing(name: str) -> str | None:
     """Why a variant cannot run here."""
-    if name == "liger" and importlib.util.find_spec("liger_kernel") is None:
+    if name.startswith("liger") and importlib.util.find_spec("liger_kernel") is None:
         return "liger-kernel is not installed"
-    if name == "liger" and not torch.cuda.is_available():
-        return "its kernels are Triton's and need a GPU"
+    if name.startswith("liger") and not torch.cuda.is_available():
+        return "its kernels need a GPU"
     return None
 
 
@@ -137,13 +176,14 @@ def main() -> None:
     parser.add_argument("--teacher-width", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--variants", default="plain,chunked,liger")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--divergence", choices=tuple(BETA), default="forward_kl")
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.one:
-        found = measure(a.one, a.tokens, a.vocabulary, a.width, a.teacher_width, not a.cold)
-        print(json.dumps(found | {"peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+        print(json.dumps(measure(a) | {"peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
         return
     results: dict[str, list[dict[str, float]]] = {}
     for name in a.variants.split(","):
@@ -164,15 +204,17 @@ def main() -> None:
     if reference is None:
         sys.exit("nothing was measured")
     middle = lambda rows, key: statistics.median(r[key] for r in rows)  # noqa: E731
-    print(f"{a.tokens} tokens, {a.vocabulary} entries, widths {a.width} and {a.teacher_width}, one thread")
-    print("| variant | seconds | × | extra MiB | share | loss | gradient |\n|---|---|---|---|---|---|---|")
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "one thread"
+    print(f"{a.tokens} tokens, {a.vocabulary} entries, widths {a.width} and {a.teacher_width}, {a.dtype}, {where}")
+    print("| variant | seconds | × | extra MiB | share | loss | gradient | of the head |")
+    print("|---|---|---|---|---|---|---|---|")
     for name, rows in results.items():
         if not rows:
             continue
         s, extra = middle(rows, "seconds"), middle(rows, "extra_bytes")
         ratio, share = s / middle(reference, "seconds"), extra / middle(reference, "extra_bytes")
-        tail = f"{rows[0]['loss']:.5f} | {rows[0]['gradient']:.4e}"
-        print(f"| {name} | {s:.2f} | {ratio:.2f} | {extra / 2**20:.0f} | {share:.3f} | {tail} |")
+        tail = f"{rows[0]['loss']:.5f} | {rows[0]['gradient']:.4e} | {rows[0]['of_head']:.4e}"
+        print(f"| {name} | {s:.4g} | {ratio:.2f} | {extra / 2**20:.0f} | {share:.3f} | {tail} |")
     if a.out:
         a.out.write_text(json.dumps({"settings": vars(a) | {"out": str(a.out)}, "results": results}, indent=1) + "\n")
 

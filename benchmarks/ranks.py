@@ -1,7 +1,7 @@
 """Speed of training: two ranks of one thread against one, in turn, and a GPU's utilisation on a mixture of experts.
 
     python benchmarks/ranks.py ranks --rounds 3        # tokens/s of 1 and 2 processes; leave two cores idle
-    python benchmarks/ranks.py mfu                     # one GPU; torchrun --nproc-per-node N … for several
+    python benchmarks/ranks.py mfu --compile           # one GPU; torchrun --nproc-per-node N … for several
 
 Both train the project's own loop on random tokens, every token predicted.
 """
@@ -32,20 +32,20 @@ WARM = 3
 """First steps that are not counted."""
 
 SIZES = {
-    "hidden": (256, 1024), "layers": (4, 16), "experts": (8, 24), "sequence": (256, 2048),
-    "vocabulary": (4096, 32768), "batch-tokens": (8192, 32768), "steps": (8, 20), "accumulate": (1, 1),
-    "expert-parallel": (1, 1), "rounds": (3, 1),
+    "hidden": (256, 1024), "layers": (4, 16), "experts": (8, 24), "experts-per-token": (2, 2),
+    "expert-width": (128, 512), "sequence": (256, 2048), "vocabulary": (4096, 32768), "batch-tokens": (8192, 131072),
+    "steps": (8, 20), "accumulate": (1, 4), "expert-parallel": (1, 1), "rounds": (3, 1),
 }  # fmt: skip
-"""Defaults for two CPU ranks, and for a GPU: there 0.7 billion parameters."""
+"""Defaults for two CPU ranks, and for a GPU: there 0.7 billion parameters, 32,768 tokens at once."""
 
 
 def decoder(a: argparse.Namespace) -> ModelConfig:
-    """Heads of 64, experts of half the width each."""
+    """Heads of 64, a quarter as many keys and values."""
     heads = max(1, a.hidden // 64)
     return ModelConfig(
         kind="qwen3_moe", vocab_size=a.vocabulary, hidden_size=a.hidden, layers=a.layers, heads=heads,
-        kv_heads=max(1, heads // 4), head_dim=64, intermediate_size=a.hidden // 2, experts=a.experts,
-        experts_per_token=2, max_position=a.sequence,
+        kv_heads=max(1, heads // 4), head_dim=64, intermediate_size=a.expert_width,
+        experts=a.experts, experts_per_token=a.experts_per_token, max_position=a.sequence,
     )  # fmt: skip
 
 
@@ -69,15 +69,19 @@ def measure(a: argparse.Namespace) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory() as state:
         fit(
-            model, examples, answer_loss(0.01), settings, seed=0, pad=0, label="benchmark", evaluate=lambda _: {},
-            state=Path(state) / "x", fingerprint="", record=found.append,
+            model, examples, answer_loss(0.01, a.compile), settings, seed=0, pad=0, label="benchmark",
+            evaluate=lambda _: {}, state=Path(state) / "x", fingerprint="", record=found.append,
         )  # fmt: skip
     counted = found[WARM:]
     peak, _ = peak_flops(a.peak_tflops)
-    speeds = {"tokens_per_second": statistics.median(e["tokens"] / e["seconds"] for e in counted)}
+    speeds = {
+        "loss": counted[-1]["loss"],
+        "tokens_per_second": statistics.median(e["tokens"] / e["seconds"] for e in counted),
+    }
     if peak:
         speeds["mfu"] = statistics.median(e["flops"] / e["seconds"] for e in counted) / peak
     if torch.cuda.is_available():
+        speeds["median_step_seconds"] = statistics.median(e["seconds"] for e in counted)
         speeds["peak_gib"] = torch.cuda.max_memory_allocated() / (1 << 30)
     return {"ranks": current().world, "parameters": parameter_count(model), **speeds}
 

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gori.model import MLP, MoE
+from gori.model import MLP
+from gori.moe import MoE
 
 Score = Literal["use", "output"]
 How = Literal["neurons", "select", "merge"]

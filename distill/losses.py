@@ -1,10 +1,9 @@
-"""Distillation losses over a vocabulary, computed chunk by chunk so that no [tokens, vocabulary] tensor is ever whole.
+"""Distillation losses over a vocabulary, chunk by chunk (gori.chunked).
 
-The gradient with respect to the student's hidden states and head is formed in the forward pass, from closed forms, and
-only those two are kept; nothing is recomputed. Knows nothing of models: hidden states and head matrices come in.
+Knows nothing of models: hidden states and head matrices come in.
 
-Shapes: N tokens, C tokens of a chunk, D student width, V vocabulary, k entries. Logits and gradients: float32 (float64
-if given).
+Shapes: N tokens, C tokens of a chunk, D student width, V vocabulary, k entries. Logits and their gradients: float32
+(float64 if given).
 """
 
 from __future__ import annotations
@@ -12,25 +11,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from gori.chunked import Work, chunk_rows, chunked, fused, multiplied, product, product_buffer, wide
 from gori.distill.divergences import DIVERGENCES, STATES, TERMS, Outcomes, divergences_of, outcomes, parse
 from gori.errors import GoriError
 
-CHUNK_BYTES = 96 << 20
-"""Size of one [C, V] float32 tensor, of which two exist. The head's gradient is read and written once a chunk, so a
-small chunk costs time."""
 BLOCK_BYTES = 512 << 10
 """Of a chunk, what is worked on at once on a CPU: the passes over it then stay in its second-level cache."""
 
 Weighted = tuple[tuple[str, float, float], ...]
 """(divergence or ce, its parameter, its weight) of each term."""
-Overwrite = Callable[[Tensor, slice], Tensor]
-"""(logits of a chunk [C, V], its rows) → each term's sum; the logits become the gradient of the weighted sum."""
 
 
 def check_terms(weights: Mapping[str, float]) -> None:
@@ -53,62 +46,9 @@ def check_sparse(weights: Mapping[str, float]) -> None:
         )
 
 
-class _Chunked(torch.autograd.Function):
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, overwrite: Overwrite, weights: list[float], chunk: int
-    ) -> tuple[Tensor, Tensor]:
-        N = len(hidden_ND)
-        grad_hidden, grad_head = torch.empty_like(hidden_ND), torch.zeros_like(head_VD)
-        buffer = product_buffer(hidden_ND, head_VD, min(chunk, N))
-        sums = torch.zeros(len(weights), dtype=_wide(hidden_ND.dtype), device=hidden_ND.device)
-        for start in range(0, N, chunk):
-            rows = slice(start, min(start + chunk, N))
-            grad = product(hidden_ND[rows], head_VD, buffer)
-            sums += overwrite(grad, rows)
-            grad = grad.to(hidden_ND.dtype)
-            grad_hidden[rows] = grad @ head_VD
-            grad_head.addmm_(grad.T, hidden_ND[rows])
-        ctx.save_for_backward(grad_hidden, grad_head)
-        ctx.tokens, terms = N, sums / N
-        ctx.mark_non_differentiable(terms)
-        return (terms * terms.new_tensor(weights)).sum(), terms
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        # in place: a second backward pass would be refused by autograd, which sees that these were changed
-        grad_hidden, grad_head = ctx.saved_tensors
-        share = grad / ctx.tokens
-        return grad_hidden.mul_(share), grad_head.mul_(share), None, None, None
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def product_buffer(hidden_ND: Tensor, head_VD: Tensor, rows: int) -> Tensor | None:
-    """Memory for a chunk's logits on a CPU, which gives large blocks back to the system each time they are freed; None
-    where the product is made in another type (autocast) or torch keeps freed blocks itself (a GPU)."""
-    wide = hidden_ND.dtype == head_VD.dtype and hidden_ND.dtype in (torch.float32, torch.float64)
-    if not wide or hidden_ND.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        return None
-    return hidden_ND.new_empty(rows, len(head_VD))
-
-
-def product(hidden_CD: Tensor, head_VD: Tensor, buffer: Tensor | None) -> Tensor:
-    """Logits `[C, V]`, in the buffer where there is one; float32 or wider, and never an input's own memory."""
-    if buffer is not None:
-        return torch.mm(hidden_CD, head_VD.T, out=buffer[: len(hidden_CD)])
-    logits = hidden_CD @ head_VD.T
-    return logits.to(_wide(logits.dtype))
-
-
-def _in_blocks(work: Callable[..., Tensor], per_token: tuple[Tensor, ...], compiled: bool) -> Tensor:
+def _in_blocks(work: Work, per_token: tuple[Tensor, ...]) -> Tensor:
     """Run on the blocks of a chunk's tensors, whose first are the logits; the sums of what is returned."""
     logits = per_token[0]
-    if compiled:
-        return _compiled(work)(*per_token)
     size = len(logits)
     if logits.device.type == "cpu":
         size = max(1, BLOCK_BYTES // (logits.element_size() * logits.shape[1]))
@@ -116,13 +56,7 @@ def _in_blocks(work: Callable[..., Tensor], per_token: tuple[Tensor, ...], compi
 
 
 @cache
-def _compiled(work: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """One fused kernel for a chunk; sizes vary, so none of them is compiled in."""
-    return torch.compile(work, dynamic=True)
-
-
-@cache
-def _overwriting(used: Weighted, temperature: float, of_teacher: str) -> Callable[..., Tensor]:
+def _overwriting(used: Weighted, temperature: float, of_teacher: str) -> Work:
     """What works on a block: (logits, targets, what is known of the teacher) → each term's sum, and the logits become
     the gradient of the weighted terms. Made once for each choice, so that it is compiled once."""
 
@@ -207,9 +141,9 @@ def distillation_loss(
         )
     if teacher_hidden is None or teacher_head is None or not divergences_of(kept):
         return _total(hidden, head, targets, kept, 1.0, chunk, compiled, "nothing", lambda rows: ())
-    size = min(_chunk_size(head, chunk), len(hidden))
-    buffer = product_buffer(teacher_hidden, teacher_head, size)
-    known = lambda rows: (product(teacher_hidden[rows], teacher_head, buffer),)  # noqa: E731
+    taught, taught_head = multiplied(teacher_hidden), multiplied(teacher_head, like=teacher_hidden)
+    buffer = product_buffer(taught, taught_head, min(chunk or chunk_rows(head), len(hidden)))
+    known = lambda rows: (product(taught[rows], taught_head, buffer),)  # noqa: E731
     return _total(hidden, head, targets, kept, temperature, chunk, compiled, "logits", known)
 
 
@@ -238,13 +172,9 @@ def sparse_loss(
     check_terms(weights)
     kept = {k: float(w) for k, w in weights.items() if w and parse(k)[0] not in STATES}
     check_sparse(kept)
-    given = soft_weights.to(_wide(hidden.dtype))
+    given = soft_weights.to(wide(hidden.dtype))
     known = lambda rows: (soft_ids[rows], given[rows])  # noqa: E731
     return _total(hidden, head, targets, kept, temperature, chunk, compiled, "topk" if tail else "sample", known)
-
-
-def _chunk_size(head: Tensor, chunk: int | None) -> int:
-    return chunk or max(1, CHUNK_BYTES // (4 * len(head)))
 
 
 def _total(
@@ -260,8 +190,11 @@ def _total(
 ) -> tuple[Tensor, dict[str, float]]:
     work = _overwriting(tuple((*parse(k), w) for k, w in weights.items()), temperature, of_teacher)
 
-    def overwrite(logits: Tensor, rows: slice) -> Tensor:
-        return _in_blocks(work, (logits, targets[rows], *known(rows)), compiled)
+    dtype = multiplied(hidden).dtype
 
-    total, terms = _Chunked.apply(hidden, head, overwrite, list(weights.values()), _chunk_size(head, chunk))
+    def overwrite(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        given = (logits, targets[rows], *known(rows))
+        return fused(work, dtype)(*given) if compiled else (_in_blocks(work, given), logits)
+
+    total, terms = chunked(hidden, head, overwrite, list(weights.values()), chunk)
     return total, dict(zip(weights, terms.tolist(), strict=True))

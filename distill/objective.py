@@ -81,7 +81,7 @@ def divergence_loss(
     (GKD, arXiv 2306.13649, algorithm 1). Terms on states (gori.distill.states) are compared on `inside`.
     """
     teacher.requires_grad_(False)
-    alone = answer_loss(0.0)
+    alone = answer_loss(0.0, compiled)
     kinds = {name: parse(name)[0] for name, w in weights.items() if w}
     needs_teacher = any(kind != "ce" for kind in kinds.values())
     of_states = [k for k in STATES if k in kinds.values()]
@@ -99,10 +99,10 @@ def divergence_loss(
         if needs_teacher:
             with torch.no_grad():
                 taught = batch.answer_hidden(teacher, inner_teacher)
-            teacher_head = _weight(teacher)
+            teacher_head = teacher.head_weight
         used = {k: weights[k] for k, kind in kinds.items() if kind in DIVERGENCES or (kind == "ce" and not drawn)}
         total, terms = distillation_loss(
-            hidden, _weight(model), taught, teacher_head, batch.targets, used, temperature, compiled=compiled
+            hidden, model.head_weight, taught, teacher_head, batch.targets, used, temperature, compiled=compiled
         )
         if inside is not None and inner is not None and inner_teacher is not None:
             valid, wanted = batch.valid_BT[:, :-1], batch.loss_BT[:, 1:]
@@ -129,14 +129,14 @@ def cached_loss(
 ) -> Loss:
     """The same of a teacher of whom each batch has a few entries at its answers (`TrainBatch.soft`): forward_kl and ce;
     see `sparse_loss` for `tail`."""
-    alone = answer_loss(0.0)
+    alone = answer_loss(0.0, compiled)
 
     def loss(model: Decoder, batch: TrainBatch) -> tuple[Tensor, dict[str, float]]:
         if batch.progress >= until:
             return alone(model, batch)
         assert batch.soft is not None
         total, terms = sparse_loss(
-            batch.answer_hidden(model), _weight(model), *batch.soft, batch.targets, weights, temperature, tail,
+            batch.answer_hidden(model), model.head_weight, *batch.soft, batch.targets, weights, temperature, tail,
             compiled=compiled,
         )  # fmt: skip
         return total, _entry(total, terms)
@@ -151,12 +151,6 @@ def needs_teacher(weights: Mapping[str, float]) -> bool:
 
 def has_divergence(weights: Mapping[str, float]) -> bool:
     return bool(divergences_of(name for name, w in weights.items() if w))
-
-
-def _weight(model: Decoder) -> Tensor:
-    weight = model.head.weight
-    assert isinstance(weight, Tensor)
-    return weight
 
 
 def _entry(total: Tensor, terms: Mapping[str, float]) -> dict[str, float]:

@@ -185,7 +185,7 @@ def _train(stage: str, student: Student, distill: Distill, places: Places) -> bo
                 f"on-policy steps under torchrun hold the student whole on every rank, and its weights exceed "
                 f"{WHOLE_BYTES >> 30} GiB: distill it in one process, or without distill.on_policy"
             )
-        loss = answer_loss(0.0)
+        loss = answer_loss(0.0, distill.train.compile)
         if cached and needs_teacher(distill.losses):
             until, compiled = distill.teacher_until, distill.train.compile
             loss = cached_loss(distill.losses, distill.temperature, until, tail=cached.tail, compiled=compiled)

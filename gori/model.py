@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gori.chunked import multiplied
 from gori.dropout import Dropout
 from gori.errors import GoriError
 from gori.inner import Kept
+from gori.moe import MoE
 from gori.norm import RMSNorm
 
 Kind = Literal["llama", "qwen2", "qwen3", "qwen3_moe"]
@@ -184,67 +186,6 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Experts(nn.Module):
-    """SwiGLU experts as stacked matrices: `gate_up [E, 2I, D]` (gate first), `down [E, D, I]`."""
-
-    def __init__(self, cfg: ModelConfig) -> None:
-        super().__init__()
-        E, width, D = cfg.experts, cfg.intermediate_size, cfg.hidden_size
-        self.gate_up = nn.Parameter(torch.empty(E, 2 * width, D))
-        self.down = nn.Parameter(torch.empty(E, D, width))
-
-    def forward(self, x_AD: Tensor, ends_E: Tensor) -> Tensor:
-        """Rows sorted by expert and, for each expert, where its rows end (int32) → outputs `[A, D]`."""
-        return expert_rows(x_AD, ends_E, self.gate_up, self.down)
-
-
-def expert_rows(x_AD: Tensor, ends_E: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Each row through its expert's SwiGLU; weights and ends as in `Experts`."""
-    if torch.is_autocast_enabled(x_AD.device.type):  # which does not know grouped_mm
-        dtype = torch.get_autocast_dtype(x_AD.device.type)
-        x_AD, gate_up, down = x_AD.to(dtype), gate_up.to(dtype), down.to(dtype)
-    gate, up = F.grouped_mm(x_AD, gate_up.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
-    return F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends_E)
-
-
-class MoE(nn.Module):
-    """Top-k mixture of SwiGLU experts; the router's softmax is in float32 (Qwen3-MoE).
-
-    After a forward pass in training mode `routed_2E` holds how many tokens each expert was chosen for, and its
-    probabilities summed over tokens (`Decoder.balance`).
-    """
-
-    def __init__(self, cfg: ModelConfig) -> None:
-        super().__init__()
-        self.cfg = cfg
-        self.gate = nn.Linear(cfg.hidden_size, cfg.experts, bias=False)
-        self.experts = Experts(cfg)
-        self.routed_2E: Tensor | None = None
-
-    def forward(self, x_BTD: Tensor, valid_BT: Tensor | None = None) -> Tensor:
-        x_ND = x_BTD.flatten(0, 1)
-        with torch.autocast(x_ND.device.type, enabled=False):
-            logits_NE = F.linear(x_ND.float(), self.gate.weight.float())
-        probs_NE = logits_NE.softmax(-1)
-        weight_Nk, expert_Nk = probs_NE.topk(self.cfg.experts_per_token, dim=-1)
-        if self.cfg.norm_topk:
-            weight_Nk = weight_Nk / weight_Nk.sum(-1, keepdim=True)
-        order_A = expert_Nk.flatten().argsort(stable=True)
-        ends_E = torch.bincount(expert_Nk.flatten(), minlength=self.cfg.experts).cumsum(0).to(torch.int32)
-        token_A = order_A // self.cfg.experts_per_token
-        y_AD = self.experts(x_ND[token_A], ends_E) * weight_Nk.flatten()[order_A].to(x_ND.dtype).unsqueeze(1)
-        if self.training:
-            self.routed_2E = self._routed(probs_NE, expert_Nk, valid_BT)
-        return torch.zeros_like(x_ND).index_add(0, token_A, y_AD.to(x_ND.dtype)).view_as(x_BTD)
-
-    def _routed(self, probs_NE: Tensor, expert_Nk: Tensor, valid_BT: Tensor | None) -> Tensor:
-        if valid_BT is not None:
-            keep = valid_BT.flatten()
-            probs_NE, expert_Nk = probs_NE[keep], expert_Nk[keep]
-        load_E = torch.bincount(expert_Nk.flatten(), minlength=self.cfg.experts).float()
-        return torch.stack((load_E, probs_NE.sum(0)))
-
-
 class Block(nn.Module):
     def __init__(self, cfg: ModelConfig, layer: int, dropout: Dropout) -> None:
         super().__init__()
@@ -262,12 +203,12 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor],
         mask: Tensor | None,
         cache: KVCache | None,
-        valid_BT: Tensor | None,
-        wanted_BT: Tensor | None = None,
+        counted_M: Tensor | None,
+        wanted_W: Tensor | None = None,
         kept: Kept | None = None,
     ) -> Tensor:
-        """`[B, T, D]`, or with `wanted_BT` (bool) only those positions as `[1, wanted, D]`."""
-        given = (x_BTD, rope, mask, cache, valid_BT, wanted_BT, kept)
+        """`[B, T, D]`, or of the positions `wanted_W` in B*T (int64) alone `[1, W, D]`; `counted_M` as in MoE."""
+        given = (x_BTD, rope, mask, cache, counted_M, wanted_W, kept)
         if self.recompute and self.training:
             done = checkpoint(self._compute, *given, use_reentrant=False, context_fn=self.dropout.twice)
             assert isinstance(done, Tensor)
@@ -276,15 +217,14 @@ class Block(nn.Module):
 
     def _compute(
         self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None,
-        valid_BT: Tensor | None, wanted_BT: Tensor | None, kept: Kept | None,
+        counted_M: Tensor | None, wanted_W: Tensor | None, kept: Kept | None,
     ) -> Tensor:  # fmt: skip
         y_BTA = self.self_attn(self.input_layernorm(x_BTD), rope, mask, cache, kept)
-        if wanted_BT is not None:
-            x_BTD, y_BTA = x_BTD[wanted_BT].unsqueeze(0), y_BTA[wanted_BT].unsqueeze(0)
-            valid_BT = None if valid_BT is None else valid_BT[wanted_BT].unsqueeze(0)
+        if wanted_W is not None:
+            x_BTD, y_BTA = (t.flatten(0, 1).index_select(0, wanted_W).unsqueeze(0) for t in (x_BTD, y_BTA))
         x_BTD = x_BTD + self.dropout(self.self_attn.o_proj(y_BTA))
         h_BTD = self.post_attention_layernorm(x_BTD)
-        return x_BTD + self.dropout(self.mlp(h_BTD, valid_BT) if isinstance(self.mlp, MoE) else self.mlp(h_BTD))
+        return x_BTD + self.dropout(self.mlp(h_BTD, counted_M) if isinstance(self.mlp, MoE) else self.mlp(h_BTD))
 
 
 class Decoder(nn.Module):
@@ -344,16 +284,31 @@ class Decoder(nn.Module):
         mask = None
         if start:
             mask = torch.ones(T, start + T, dtype=torch.bool, device=ids_BT.device).tril(start)
-        x_BTD = self.embed_tokens(ids_BT)
+        x_BTD = multiplied(self.embed_tokens(ids_BT))
         rope = self.rope_of(x_BTD, start)
         last = len(self.layers) - 1
+        wanted_W = None if wanted_BT is None else places(wanted_BT)
+        counted_M = counted_last_M = None
+        if valid_BT is not None and self.training and self.cfg.experts:
+            counted_M = counted_last_M = places(valid_BT)
+            if wanted_W is not None:
+                counted_last_M = places(valid_BT.flatten()[wanted_W])
         for i, block in enumerate(self.layers):
             if kept is not None:
                 kept.enters(i, x_BTD)
-            x_BTD = block(x_BTD, rope, mask, cache, valid_BT, wanted_BT if i == last else None, kept)
+            if i == last:
+                x_BTD = block(x_BTD, rope, mask, cache, counted_last_M, wanted_W, kept)
+            else:
+                x_BTD = block(x_BTD, rope, mask, cache, counted_M, None, kept)
         if cache is not None:
             cache.length += T
         return self.norm(x_BTD if wanted_BT is None else x_BTD[0])
+
+    @property
+    def head_weight(self) -> Tensor:
+        weight = self.head.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     @property
     def head(self) -> nn.Module:
@@ -391,6 +346,11 @@ class Decoder(nn.Module):
             losses.append(self.cfg.experts * (share_E * (probs_E / tokens)).sum())
             loads.append(share_E)
         return torch.stack(losses).mean(), torch.stack(loads)
+
+
+def places(true_BT: Tensor) -> Tensor:
+    """Where a mask is true, flattened: int64. Found once a pass, since a GPU has to be waited for."""
+    return true_BT.flatten().nonzero().squeeze(1)
 
 
 def parameter_count(model: nn.Module) -> int:

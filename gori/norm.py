@@ -17,7 +17,7 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
         y, scale = normed(x, eps)
         ctx.save_for_backward(y, scale, weight)
-        return weight * y.to(x.dtype)
+        return (weight * y.to(x.dtype)).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -27,7 +27,7 @@ class _Norm(torch.autograd.Function):
         along = (grad * y).reshape(-1, D)
         mean = (along @ weight.to(along.dtype)).div_(-D).view(*y.shape[:-1], 1)
         grad_x = (grad * weight).to(y.dtype).addcmul_(y, mean).mul_(scale)
-        return grad_x, along.sum(0).to(weight.dtype), None
+        return grad_x.to(grad.dtype), along.sum(0).to(weight.dtype), None
 
 
 def normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ def normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm, computed in float32 (arXiv 1910.07467)."""
+    """Root mean square norm, computed in float32 and given in the type that came (arXiv 1910.07467)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -48,4 +48,4 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
             return _Norm.apply(x, self.weight, self.eps)
-        return self.weight * normed(x, self.eps)[0].to(x.dtype)
+        return (self.weight * normed(x, self.eps)[0].to(x.dtype)).to(x.dtype)

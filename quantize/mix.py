@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gori import console
 from gori.errors import GoriError
-from gori.model import Decoder
+from gori.model import Decoder, places
 from gori.quantize.assign import Option, assign
 from gori.quantize.blocks import Kept, Stream, blocks
 from gori.quantize.calibration import Batch
@@ -250,7 +250,7 @@ class Probe:
         """Normed last hidden states `[answers, D]` of a batch from a block's input residual on."""
         b = self.batches[i]
         rope = self.model.rope(torch.arange(b.ids_BT.shape[1]).unsqueeze(0))
-        last = len(self.model.layers) - 1
+        last, wanted_W = len(self.model.layers) - 1, places(b.answer_BT)
         for n in range(layer, last + 1):
-            x_BTD = self.model.layers[n](x_BTD, rope, None, None, None, b.answer_BT if n == last else None)
+            x_BTD = self.model.layers[n](x_BTD, rope, None, None, None, wanted_W if n == last else None)
         return self.model.norm(x_BTD[0])

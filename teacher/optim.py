@@ -13,13 +13,16 @@ from torch import Tensor, nn
 
 from gori.teacher.wholes import by_owners, is_sharded, local
 
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of Muon's quintic iteration (Keller Jordan 2024)."""
+
 
 def newton_schulz(G: Tensor, steps: int) -> Tensor:
-    """Approximate orthogonalisation of matrices `[..., m, n]`: singular values are driven towards one.
-
-    The quintic iteration of Muon (Keller Jordan 2024), coefficients (3.4445, -4.7750, 2.0315), batched.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
+    """Approximate orthogonalisation of matrices `[..., m, n]`: singular values are driven towards one by the quintic
+    iteration, batched. On a GPU in bfloat16 (`newton_schulz_narrow`)."""
+    if G.is_cuda:
+        return newton_schulz_narrow(G.bfloat16(), steps)
+    a, b, c = COEFFICIENTS
     wide = G.shape[-2] > G.shape[-1]
     X = G.mT if wide else G
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -32,9 +35,12 @@ def newton_schulz(G: Tensor, steps: int) -> Tensor:
 def newton_schulz_wide(X: Tensor, steps: int) -> Tensor:
     """`newton_schulz` of one wide matrix `[m, n]`, n much larger than m, through its Gram matrix.
 
-    The same polynomial, but all iterations happen on m by m matrices: X_k = P_k X_0, with P found from X_0 X_0^T.
+    The same polynomial, but all iterations happen on m by m matrices: X_k = P_k X_0, with P found from X_0 X_0^T. Not
+    on a GPU: a Gram matrix rounded to bfloat16 has negative eigenvalues, which the polynomial lets grow.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
+    if X.is_cuda:
+        return newton_schulz(X, steps)
+    a, b, c = COEFFICIENTS
     X = X / (X.norm() + 1e-7)
     A = X @ X.mT
     P = torch.eye(len(A), dtype=X.dtype, device=X.device)
@@ -43,6 +49,21 @@ def newton_schulz_wide(X: Tensor, steps: int) -> Tensor:
         Q.diagonal().add_(a)
         P, A = Q @ P, Q @ A @ Q
     return P @ X
+
+
+def newton_schulz_narrow(X: Tensor, steps: int) -> Tensor:
+    """`newton_schulz` for matrix units of a narrow type, in the type that comes: products alone, with the sums in
+    them, and a tall matrix multiplied from its right instead of turned. bfloat16, as Muon's author has it: the
+    direction of an update bears the rounding."""
+    a, b, c = COEFFICIENTS
+    shape, tall = X.shape, X.shape[-2] > X.shape[-1]
+    X = X.reshape(-1, *shape[-2:])
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        A = X.mT @ X if tall else X @ X.mT
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, X, B, beta=a) if tall else torch.baddbmm(X, B, X, beta=a)
+    return X.view(shape)
 
 
 class Muon(torch.optim.Optimizer):
@@ -116,9 +137,12 @@ class Muon(torch.optim.Optimizer):
     def _orthogonal_experts(self, p: nn.Parameter, u: Tensor, steps: int) -> Tensor:
         """Stacks `[E, out, in]`: joined along the side that is not the model's width."""
         E, m, n = p.shape
+        u = u.bfloat16() if u.is_cuda else u
         if id(p) in self._by_columns:  # down: D rows, E*I columns
             joined = newton_schulz_wide(u.transpose(0, 1).reshape(m, E * n), steps)
             return joined.view(m, E, n).transpose(0, 1)
+        if u.is_cuda:
+            return newton_schulz(u.reshape(E * m, n), steps).view(p.shape)
         return newton_schulz_wide(u.reshape(E * m, n).mT, steps).mT.reshape(p.shape)  # gate_up
 
     def _momentum(self, p: nn.Parameter, group: dict[str, Any]) -> Tensor:
@@ -136,7 +160,8 @@ class Muon(torch.optim.Optimizer):
             E, m, n = p.shape
             longest = max(m, E * n) if id(p) in self._by_columns else max(E * m, n)
         mine = local(p)
-        mine.mul_(1 - group["lr"] * group["weight_decay"])
+        if group["weight_decay"]:
+            mine.mul_(1 - group["lr"] * group["weight_decay"])
         mine.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(longest))
 
 

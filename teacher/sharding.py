@@ -22,7 +22,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from gori.errors import GoriError
-from gori.model import Decoder, Experts, expert_rows
+from gori.model import Decoder
+from gori.moe import Experts, expert_rows
 from gori.ranks import gathered
 from gori.teacher.wholes import local
 from gori.teacher.workers import split

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gori import checkpoint, evaluate
 from gori.artifact import Manifest, ancestry, content_hash, make
 from gori.calls import END, PAD
+from gori.chunked import cross_entropy
 from gori.corpus import Corpus, epochs, hashes
 from gori.data import Conversation, Example
 from gori.errors import GoriError
@@ -55,11 +55,12 @@ def fresh(cfg: ModelConfig, induction: bool, seed: int) -> Decoder:
     return start_with_induction(model, generator) if induction else model
 
 
-def answer_loss(balance: float) -> Loss:
-    """Cross-entropy of the answers, plus `balance` times the experts' mean load-balancing loss."""
+def answer_loss(balance: float, compiled: bool = False) -> Loss:
+    """Cross-entropy of the answers, plus `balance` times the experts' mean load-balancing loss; `compiled` as in
+    gori.chunked."""
 
     def loss(model: Decoder, batch: TrainBatch) -> tuple[Tensor, dict[str, float]]:
-        ce = F.cross_entropy(model.logits(batch.answer_hidden(model)).float(), batch.targets)
+        ce = cross_entropy(batch.answer_hidden(model), model.head_weight, batch.targets, compiled)
         entry = {"loss": round(ce.item(), 5)}
         found = model.balance()
         if found is None:
@@ -174,7 +175,7 @@ def train_teacher(section: Teacher, corpus: Corpus, tokenizer_dir: Path, seed: i
             experts=section.experts,
             experts_per_token=section.experts_per_token,
         )
-        model, loss = fresh(cfg, section.induction, seed), answer_loss(section.balance)
+        model, loss = fresh(cfg, section.induction, seed), answer_loss(section.balance, section.train.compile)
         if current().world == 1:  # under ranks each block is moved when it is sharded
             model.to(device())
         done = run_loop(model, corpus, tokenizer, loss, section.train, seed, out, manifest.fingerprint, tokens)

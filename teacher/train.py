@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -104,15 +104,21 @@ def to_tensors(
     width: int = 0,
 ) -> TrainBatch:
     b = collate(examples, pad, width)
-    ids, loss, valid = (torch.from_numpy(a).to(device) for a in (b.ids, b.loss, b.valid))
+    ids, loss, valid = (_moved(a, device) for a in (b.ids, b.loss, b.valid))
     soft = [e.soft for e in examples if e.soft is not None]
     joined = None
     if soft:
         if len(soft) != len(examples):
             raise GoriError(f"{len(soft)} of {len(examples)} rows have a teacher's cached entries: cache all or none")
         entries, weights = join(soft)
-        joined = torch.from_numpy(entries).to(device), torch.from_numpy(weights).to(device)
+        joined = _moved(entries, device), _moved(weights, device)
     return TrainBatch(ids, loss, valid, progress, noise, joined)
+
+
+def _moved(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
+    """On its device; to a GPU from pinned memory, while it works on what came before."""
+    t = torch.from_numpy(array)
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
 
 
 def fit(
@@ -184,6 +190,8 @@ def _at_work(model: Decoder, workers: int, s: TrainSettings) -> Iterator[Workers
         raise GoriError(
             f"expert_parallel {s.expert_parallel} divides experts over ranks, and this is one: use torchrun"
         )
+    if s.compile and model.cfg.experts and not bf16(s.precision):
+        raise GoriError("torch compiles a mixture's products in bfloat16 alone: set precision to bf16, or compile off")
     model.dropout.p = s.dropout
     for block in model.layers:
         assert isinstance(block, Block)

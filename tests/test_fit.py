@@ -17,7 +17,8 @@ from decoders import random_decoder
 from gori.distill.experts import candidates, expert, routing
 from gori.distill.fit import POOL, RIDGE, Sums, forward_selection, group_scales
 from gori.distill.initialise import from_teacher
-from gori.model import MLP, Block, Decoder, ModelConfig, MoE
+from gori.model import MLP, Block, Decoder, ModelConfig
+from gori.moe import MoE
 
 DENSE = ModelConfig(
     kind="qwen3", vocab_size=53, hidden_size=32, layers=3, heads=4, kv_heads=2, head_dim=8, intermediate_size=40,

@@ -12,7 +12,8 @@ from decoders import random_decoder
 from gori.distill.depth import evenly_spaced
 from gori.distill.initialise import from_teacher
 from gori.errors import GoriError
-from gori.model import MLP, Decoder, ModelConfig, MoE
+from gori.model import MLP, Decoder, ModelConfig
+from gori.moe import MoE
 
 DENSE = ModelConfig(
     kind="qwen3", vocab_size=53, hidden_size=32, layers=3, heads=4, kv_heads=2, head_dim=8, intermediate_size=40,

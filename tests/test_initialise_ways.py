@@ -21,7 +21,8 @@ from gori.distill.experts import Neurons, candidates, expert, grouped, merged, o
 from gori.distill.initialise import from_teacher
 from gori.errors import GoriError
 from gori.inner import Kept
-from gori.model import MLP, Block, Decoder, ModelConfig, MoE
+from gori.model import MLP, Block, Decoder, ModelConfig
+from gori.moe import MoE
 
 DENSE = ModelConfig(
     kind="qwen3", vocab_size=53, hidden_size=32, layers=3, heads=4, kv_heads=2, head_dim=8, intermediate_size=40,

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gori.chunked import cross_entropy
 from gori.distill import losses
 from gori.distill.divergences import DIVERGENCES
 from gori.distill.losses import distillation_loss, sparse_loss
@@ -89,6 +90,32 @@ def test_cross_entropy_alone_needs_no_teacher() -> None:
     loss, terms = distillation_loss(h, W, None, None, y, {"ce": 1.0}, temperature=3.0)
     assert loss.item() == pytest.approx(F.cross_entropy(h @ W.T, y).item(), rel=1e-6)
     assert terms["ce"] == pytest.approx(loss.item())
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 50])
+def test_cross_entropy_by_chunks_is_that_of_whole_logits(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    h, W, _, _, y = draws(4, 20)
+    want = F.cross_entropy(h @ W.T, y)
+    monkeypatch.setattr("gori.chunked.WHOLE_BYTES", 0)
+    monkeypatch.setattr("gori.chunked.chunk_rows", lambda head: chunk)
+    got = cross_entropy(h, W, y)
+    torch.testing.assert_close(got, want)
+    for a, b in zip(torch.autograd.grad(got, (h, W)), torch.autograd.grad(want, (h, W)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_under_autocast_the_heads_gradient_is_summed_over_chunks_without_rounding() -> None:
+    """A thousand chunks of one token: summed in bfloat16 most would be lost."""
+    g = torch.Generator().manual_seed(5)
+    h, W = (torch.randn(1000, 8, generator=g), torch.randn(4, 8, generator=g).requires_grad_())
+    y = torch.randint(0, 4, (1000,), generator=g)
+    wide = [h.bfloat16().double(), W.detach().bfloat16().double().requires_grad_()]
+    want = torch.autograd.grad(F.cross_entropy(wide[0] @ wide[1].T, y), wide[1])[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = distillation_loss(h.bfloat16(), W, None, None, y, {"ce": 1.0}, chunk=1)
+    got = torch.autograd.grad(loss, W)[0]
+    assert got.dtype == torch.float32
+    assert float((got.double() - want).norm() / want.norm()) < 0.01
 
 
 def test_a_student_equal_to_its_teacher_has_no_divergence() -> None:

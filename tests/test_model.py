@@ -15,7 +15,7 @@ from torch import Tensor
 from decoders import random_decoder
 from gori import checkpoint
 from gori.errors import GoriError
-from gori.model import KVCache, ModelConfig, RopeScaling
+from gori.model import KVCache, ModelConfig, RopeScaling, places
 from gori.norm import RMSNorm
 
 LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=64)
@@ -148,7 +148,7 @@ def test_the_balance_loss_is_one_when_every_expert_is_used_alike_and_ignores_pad
     padded = torch.cat((x, torch.full((2, 9, 32), 7.0)), dim=1)
     valid = torch.ones(2, 59, dtype=torch.bool)
     valid[:, 50:] = False
-    assert balanced(padded, valid)[0].item() == pytest.approx(loss.item())
+    assert balanced(padded, places(valid))[0].item() == pytest.approx(loss.item())
     for other in others:  # the mean over layers
         other.routed_2E = torch.ones(2, len(gate)) * torch.tensor([[2.0], [1.0]])
     total = balanced(x)[0].item()

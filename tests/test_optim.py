@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gori.model import Decoder, ModelConfig
-from gori.teacher.optim import Muon, newton_schulz, newton_schulz_wide, optimizers, schedule, split_parameters
+from gori.teacher.optim import (
+    Muon,
+    newton_schulz,
+    newton_schulz_narrow,
+    newton_schulz_wide,
+    optimizers,
+    schedule,
+    split_parameters,
+)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -32,7 +40,16 @@ def by_svd(G: Tensor, steps: int) -> Tensor:
 def test_newton_schulz_applies_the_quintic_to_every_singular_value(m: int, n: int, steps: int, seed: int) -> None:
     G = random(3, m, n, seed=seed)
     want = torch.stack([by_svd(g, steps) for g in G])
-    torch.testing.assert_close(newton_schulz(G, steps), want, atol=1e-9, rtol=1e-7)
+    for form in (newton_schulz, newton_schulz_narrow):
+        torch.testing.assert_close(form(G, steps), want, atol=1e-9, rtol=1e-7)
+
+
+def test_in_bfloat16_singular_values_of_a_common_size_come_into_the_band_around_one() -> None:
+    u, _, v = torch.linalg.svd(random(48, 160), full_matrices=False)
+    G = u @ torch.diag(torch.linspace(0.1, 1, 48, dtype=torch.float64)) @ v
+    s = torch.linalg.svdvals(newton_schulz_narrow(G.bfloat16(), 5).double())
+    assert s.min() > 0.6
+    assert s.max() < 1.25
 
 
 @pytest.mark.parametrize("shape", [(16, 64), (64, 16), (32, 32)])

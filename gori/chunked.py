@@ -1,0 +1,161 @@
+"""Losses over a large vocabulary, chunk by chunk, so that no [tokens, vocabulary] tensor is ever whole.
+
+The gradient with respect to hidden states and head is formed in the forward pass, from closed forms, and only those two
+are kept; nothing is recomputed. Knows nothing of models, nor of what the loss means.
+
+Shapes: N tokens, C tokens of a chunk, D width, V vocabulary. Logits and the head's gradient: float32 (float64 if
+given), whatever is multiplied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK_BYTES = {"cpu": 96 << 20, "cuda": 512 << 20}
+"""Size of one [C, V] float32 tensor, of which a few exist. The head's gradient is read and written once a chunk, so a
+small chunk costs time."""
+WHOLE_BYTES = 1 << 30
+"""`cross_entropy` of logits up to this size forms them whole."""
+
+Work = Callable[..., Tensor]
+"""(logits [C, V], other tensors [C, ...]) → each term's sum; the logits become the gradient of the weighted sum, the
+others may be overwritten too."""
+Overwrite = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+"""(logits of a chunk [C, V], its rows) → each term's sum, and the gradient `[C, V]` of the weighted sum; the logits may
+be overwritten."""
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, overwrite: Overwrite, weights: list[float], chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        N = len(hidden_ND)
+        hidden, head = multiplied(hidden_ND), multiplied(head_VD, like=hidden_ND)
+        grad_hidden = torch.empty_like(hidden_ND)
+        grad_head = torch.zeros_like(head_VD, dtype=wide(head_VD.dtype))
+        buffer = product_buffer(hidden, head, min(chunk, N))
+        sums = torch.zeros(len(weights), dtype=wide(hidden.dtype), device=hidden.device)
+        for start in range(0, N, chunk):
+            rows = slice(start, min(start + chunk, N))
+            found, grad = overwrite(product(hidden[rows], head, buffer), rows)
+            sums += found
+            grad = grad.to(hidden.dtype)
+            grad_hidden[rows] = grad @ head
+            _add_product(grad_head, grad.T, hidden[rows])
+        ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.tokens, ctx.head_dtype, terms = N, head_VD.dtype, sums / N
+        ctx.mark_non_differentiable(terms)
+        return (terms * terms.new_tensor(weights)).sum(), terms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        # in place: a second backward pass would be refused by autograd, which sees that these were changed
+        grad_hidden, grad_head = ctx.saved_tensors
+        share = grad / ctx.tokens
+        return grad_hidden.mul_(share), grad_head.mul_(share).to(ctx.head_dtype), None, None, None
+
+
+def chunked(
+    hidden_ND: Tensor, head_VD: Tensor, overwrite: Overwrite, weights: list[float], chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of loss terms, averaged over tokens, and each term's mean `[terms]`, without gradient.
+
+    Gradients flow to hidden states and head once. `chunk` tokens have logits at once (None: `chunk_rows`).
+    """
+    return _Chunked.apply(hidden_ND, head_VD, overwrite, weights, chunk or chunk_rows(head_VD))  # pyright: ignore
+
+
+def chunk_rows(head_VD: Tensor) -> int:
+    """Tokens of a chunk on the head's device."""
+    return max(1, CHUNK_BYTES.get(head_VD.device.type, CHUNK_BYTES["cpu"]) // (4 * len(head_VD)))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def multiplied(t: Tensor, like: Tensor | None = None) -> Tensor:
+    """A factor in the type that products are made in: autocast's, or that of the tensor it is multiplied with. Cast
+    here once, and not once a chunk by autocast."""
+    like = t if like is None else like
+    kind = like.device.type
+    return t.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype)
+
+
+def product_buffer(hidden_ND: Tensor, head_VD: Tensor, rows: int) -> Tensor | None:
+    """Memory for a chunk's logits on a CPU, which gives large blocks back to the system each time they are freed; None
+    where the product is made in a narrower type or torch keeps freed blocks itself (a GPU)."""
+    if hidden_ND.device.type != "cpu" or hidden_ND.dtype not in (torch.float32, torch.float64):
+        return None
+    return hidden_ND.new_empty(rows, len(head_VD))
+
+
+def product(hidden_CD: Tensor, head_VD: Tensor, buffer: Tensor | None) -> Tensor:
+    """Logits `[C, V]`, in the buffer where there is one; float32 or wider, and never an input's own memory."""
+    if buffer is not None:
+        return torch.mm(hidden_CD, head_VD.T, out=buffer[: len(hidden_CD)])
+    if _widens(hidden_CD):
+        return torch.mm(hidden_CD, head_VD.T, out_dtype=torch.float32)
+    return (hidden_CD @ head_VD.T).to(wide(hidden_CD.dtype))
+
+
+def _add_product(sum_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:
+    """Add a product to a float32 or float64 sum; of narrower factors without rounding it to their type first on a
+    GPU, whose matrix units add in float32 anyway."""
+    if left_VC.dtype == sum_VD.dtype:
+        sum_VD.addmm_(left_VC, right_CD)
+    elif _widens(left_VC):
+        torch.addmm(sum_VD, left_VC, right_CD, out=sum_VD, out_dtype=torch.float32)
+    else:
+        sum_VD += left_VC @ right_CD
+
+
+def _widens(t: Tensor) -> bool:
+    """Whether torch multiplies narrow factors into a float32 result."""
+    return t.is_cuda and t.dtype in (torch.bfloat16, torch.float16)
+
+
+@cache
+def fused(work: Work, dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The same as few kernels that overwrite nothing and round the gradient as they write it; sizes vary from chunk to
+    chunk, so none of them is compiled in."""
+
+    def apart(logits_CV: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+        own = [t.clone() for t in (logits_CV, *others)]
+        return work(*own), own[0].to(dtype)
+
+    return torch.compile(apart, dynamic=True)
+
+
+def cross_entropy(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, compiled: bool = False) -> Tensor:
+    """Mean cross-entropy of the tokens' targets (int64): logits whole where they are small, else chunk by chunk.
+
+    `compiled`: torch.compile fuses what is done with a chunk.
+    """
+    if 4 * len(hidden_ND) * len(head_VD) <= WHOLE_BYTES:
+        return F.cross_entropy(F.linear(hidden_ND, head_VD).float(), targets_N)
+    dtype = multiplied(hidden_ND).dtype
+
+    def overwrite(logits_CV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        if compiled:
+            return fused(_cross_entropy, dtype)(logits_CV, targets_N[rows])
+        return _cross_entropy(logits_CV, targets_N[rows]), logits_CV
+
+    return chunked(hidden_ND, head_VD, overwrite, [1.0])[0]
+
+
+def _cross_entropy(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
+    at = targets_C.unsqueeze(1)
+    log_CV = F.log_softmax(logits_CV, -1)
+    loss = -log_CV.gather(1, at).sum()
+    logits_CV.copy_(log_CV.exp_()).scatter_add_(1, at, torch.full_like(logits_CV[:, :1], -1.0))
+    return loss.unsqueeze(0)
