@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gori.corpus import Corpus, epochs
+from gori.data import Example
 from gori.distill.stage import divergence_loss
 from gori.errors import GoriError
 from gori.model import Decoder, ModelConfig
@@ -98,6 +99,26 @@ def test_a_run_that_was_cut_twice_ends_at_the_same_weights_and_log(
         assert torch.equal(a, b), name
     assert redone.log == done.log
     assert (redone.step, redone.tokens) == (12, done.tokens)
+
+
+def test_in_bfloat16_a_mixtures_gradients_stay_near_float32() -> None:
+    """The stream is bfloat16 from the embedding on; weights and their gradients are float32."""
+    ids = torch.randint(0, 360, (8, 30), generator=torch.Generator().manual_seed(0)).numpy()
+    batch = to_tensors([Example(row, row > 50) for row in ids], 0, torch.device("cpu"))
+    model, found = new(MOE).train(), []
+    for narrow in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow):
+            loss, _ = answer_loss(0.01)(model, batch)
+            assert batch.answer_hidden(model).dtype == (torch.bfloat16 if narrow else torch.float32)
+        found.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert all(g.dtype == torch.float32 for g in found[1])
+    wide, narrow = (torch.cat([g.flatten() for g in some]) for some in found)
+    assert 0 < float((narrow - wide).norm() / wide.norm()) < 0.05
+
+
+def test_a_mixture_that_torch_cannot_compile_is_refused(run: Callable[..., tuple[Decoder, Progress]]) -> None:
+    with pytest.raises(GoriError, match="set precision to bf16, or compile off"):
+        run(new(MOE), answer_loss(0.0), "compiled", compile=True)
 
 
 def test_a_checkpoint_of_other_settings_is_left_alone(
