@@ -140,7 +140,7 @@ def measure(a: argparse.Namespace) -> dict[str, float]:
             loss(h[:few].detach().requires_grad_(), W, th[:few], tW, y[:few], a.divergence).backward()
             W.grad = None
     times, value = [], torch.zeros(())
-    before, peak = torch.cuda.memory_allocated() if cuda else resident_bytes(), Peak()
+    before, peak = torch.cuda.memory_allocated() if cuda else resident_bytes(), None if cuda else Peak()
     for _ in range(REPEATS if cuda else 1):
         h.grad = W.grad = None
         if cuda:
@@ -152,7 +152,7 @@ def measure(a: argparse.Namespace) -> dict[str, float]:
         if cuda:
             torch.cuda.synchronize()
         times.append(time.monotonic() - began)
-    highest = torch.cuda.max_memory_allocated() if cuda else peak.end()
+    highest = peak.end() if peak else torch.cuda.max_memory_allocated()
     assert h.grad is not None
     assert W.grad is not None
     norms = {"gradient": float(h.grad.float().norm()), "of_head": float(W.grad.float().norm())}

@@ -15,9 +15,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from gori.chunked import Work, chunk_rows, chunked, fused, multiplied, product, product_buffer, wide
+from gori.chunked import Work, chunk_rows, chunked, fused, product, product_buffer
 from gori.distill.divergences import DIVERGENCES, STATES, TERMS, Outcomes, divergences_of, outcomes, parse
 from gori.errors import GoriError
+from gori.precision import for_products, product_dtype, wide
 
 BLOCK_BYTES = 512 << 10
 """Of a chunk, what is worked on at once on a CPU: the passes over it then stay in its second-level cache."""
@@ -141,7 +142,7 @@ def distillation_loss(
         )
     if teacher_hidden is None or teacher_head is None or not divergences_of(kept):
         return _total(hidden, head, targets, kept, 1.0, chunk, compiled, "nothing", lambda rows: ())
-    taught, taught_head = multiplied(teacher_hidden), multiplied(teacher_head, like=teacher_hidden)
+    taught, taught_head = for_products(teacher_hidden), teacher_head.to(product_dtype(teacher_hidden))
     buffer = product_buffer(taught, taught_head, min(chunk or chunk_rows(head), len(hidden)))
     known = lambda rows: (product(taught[rows], taught_head, buffer),)  # noqa: E731
     return _total(hidden, head, targets, kept, temperature, chunk, compiled, "logits", known)
@@ -190,11 +191,11 @@ def _total(
 ) -> tuple[Tensor, dict[str, float]]:
     work = _overwriting(tuple((*parse(k), w) for k, w in weights.items()), temperature, of_teacher)
 
-    dtype = multiplied(hidden).dtype
+    dtype = product_dtype(hidden)
 
-    def overwrite(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def slope(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         given = (logits, targets[rows], *known(rows))
         return fused(work, dtype)(*given) if compiled else (_in_blocks(work, given), logits)
 
-    total, terms = chunked(hidden, head, overwrite, list(weights.values()), chunk)
+    total, terms = chunked(hidden, head, slope, list(weights.values()), chunk)
     return total, dict(zip(weights, terms.tolist(), strict=True))

@@ -3,8 +3,8 @@
 The gradient with respect to hidden states and head is formed in the forward pass, from closed forms, and only those two
 are kept; nothing is recomputed. Knows nothing of models, nor of what the loss means.
 
-Shapes: N tokens, C tokens of a chunk, D width, V vocabulary. Logits and the head's gradient: float32 (float64 if
-given), whatever is multiplied.
+Shapes: N tokens, C tokens of a chunk, D width, V vocabulary. Logits and the sum of the head's gradient: float32
+(float64 if given), whatever is multiplied.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gori.precision import for_products, product_dtype, wide
+
 CHUNK_BYTES = {"cpu": 96 << 20, "cuda": 512 << 20}
 """Size of one [C, V] float32 tensor, of which a few exist. The head's gradient is read and written once a chunk, so a
 small chunk costs time."""
@@ -27,7 +29,7 @@ WHOLE_BYTES = 1 << 30
 Work = Callable[..., Tensor]
 """(logits [C, V], other tensors [C, ...]) → each term's sum; the logits become the gradient of the weighted sum, the
 others may be overwritten too."""
-Overwrite = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+Slope = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 """(logits of a chunk [C, V], its rows) → each term's sum, and the gradient `[C, V]` of the weighted sum; the logits may
 be overwritten."""
 
@@ -35,17 +37,17 @@ be overwritten."""
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, overwrite: Overwrite, weights: list[float], chunk: int
+        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, slope: Slope, weights: list[float], chunk: int
     ) -> tuple[Tensor, Tensor]:
         N = len(hidden_ND)
-        hidden, head = multiplied(hidden_ND), multiplied(head_VD, like=hidden_ND)
+        hidden, head = for_products(hidden_ND), head_VD.to(product_dtype(hidden_ND))  # once, not once a chunk
         grad_hidden = torch.empty_like(hidden_ND)
         grad_head = torch.zeros_like(head_VD, dtype=wide(head_VD.dtype))
         buffer = product_buffer(hidden, head, min(chunk, N))
         sums = torch.zeros(len(weights), dtype=wide(hidden.dtype), device=hidden.device)
         for start in range(0, N, chunk):
             rows = slice(start, min(start + chunk, N))
-            found, grad = overwrite(product(hidden[rows], head, buffer), rows)
+            found, grad = slope(product(hidden[rows], head, buffer), rows)
             sums += found
             grad = grad.to(hidden.dtype)
             grad_hidden[rows] = grad @ head
@@ -65,30 +67,18 @@ class _Chunked(torch.autograd.Function):
 
 
 def chunked(
-    hidden_ND: Tensor, head_VD: Tensor, overwrite: Overwrite, weights: list[float], chunk: int | None = None
+    hidden_ND: Tensor, head_VD: Tensor, slope: Slope, weights: list[float], chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of loss terms, averaged over tokens, and each term's mean `[terms]`, without gradient.
 
     Gradients flow to hidden states and head once. `chunk` tokens have logits at once (None: `chunk_rows`).
     """
-    return _Chunked.apply(hidden_ND, head_VD, overwrite, weights, chunk or chunk_rows(head_VD))  # pyright: ignore
+    return _Chunked.apply(hidden_ND, head_VD, slope, weights, chunk or chunk_rows(head_VD))  # pyright: ignore
 
 
 def chunk_rows(head_VD: Tensor) -> int:
     """Tokens of a chunk on the head's device."""
     return max(1, CHUNK_BYTES.get(head_VD.device.type, CHUNK_BYTES["cpu"]) // (4 * len(head_VD)))
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def multiplied(t: Tensor, like: Tensor | None = None) -> Tensor:
-    """A factor in the type that products are made in: autocast's, or that of the tensor it is multiplied with. Cast
-    here once, and not once a chunk by autocast."""
-    like = t if like is None else like
-    kind = like.device.type
-    return t.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype)
 
 
 def product_buffer(hidden_ND: Tensor, head_VD: Tensor, rows: int) -> Tensor | None:
@@ -126,14 +116,14 @@ def _widens(t: Tensor) -> bool:
 
 @cache
 def fused(work: Work, dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The same as few kernels that overwrite nothing and round the gradient as they write it; sizes vary from chunk to
-    chunk, so none of them is compiled in."""
+    """`work` as a few kernels that leave its inputs alone, and return its sums and the gradient in `dtype`; sizes vary
+    from chunk to chunk, so none of them is compiled in."""
 
     def apart(logits_CV: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
         own = [t.clone() for t in (logits_CV, *others)]
         return work(*own), own[0].to(dtype)
 
-    return torch.compile(apart, dynamic=True)
+    return torch.compile(apart, dynamic=True, fullgraph=True)  # else what cannot be compiled runs as it is, unsaid
 
 
 def cross_entropy(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, compiled: bool = False) -> Tensor:
@@ -142,15 +132,16 @@ def cross_entropy(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, compile
     `compiled`: torch.compile fuses what is done with a chunk.
     """
     if 4 * len(hidden_ND) * len(head_VD) <= WHOLE_BYTES:
-        return F.cross_entropy(F.linear(hidden_ND, head_VD).float(), targets_N)
-    dtype = multiplied(hidden_ND).dtype
+        logits_NV = F.linear(hidden_ND, head_VD)
+        return F.cross_entropy(logits_NV.to(wide(logits_NV.dtype)), targets_N)
+    dtype = product_dtype(hidden_ND)
 
-    def overwrite(logits_CV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def slope(logits_CV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         if compiled:
             return fused(_cross_entropy, dtype)(logits_CV, targets_N[rows])
         return _cross_entropy(logits_CV, targets_N[rows]), logits_CV
 
-    return chunked(hidden_ND, head_VD, overwrite, [1.0])[0]
+    return chunked(hidden_ND, head_VD, slope, [1.0])[0]
 
 
 def _cross_entropy(logits_CV: Tensor, targets_C: Tensor) -> Tensor:

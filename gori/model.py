@@ -3,8 +3,8 @@
 It knows nothing of files, losses or quantization: gori.checkpoint reads and writes its weights, and quantize replaces
 its `Linear` and `Embedding` modules. Parameter names are those of Hugging Face's Llama, Qwen2, Qwen3 and Qwen3-MoE.
 
-Shapes in names: B batch, T new tokens, S cached tokens, D model width, H query heads, K key/value heads, E experts,
-I MLP width, V vocabulary, N = B*T tokens, A = N*top_k assignments of tokens to experts.
+Shapes in names: B batch, T new tokens, S cached tokens, D model width, H query heads, K key/value heads, V vocabulary,
+W positions that are wanted, M that the experts' balance counts.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gori.chunked import multiplied
 from gori.dropout import Dropout
 from gori.errors import GoriError
 from gori.inner import Kept
 from gori.moe import MoE
 from gori.norm import RMSNorm
+from gori.precision import for_products
 
 Kind = Literal["llama", "qwen2", "qwen3", "qwen3_moe"]
 
@@ -207,7 +207,8 @@ class Block(nn.Module):
         wanted_W: Tensor | None = None,
         kept: Kept | None = None,
     ) -> Tensor:
-        """`[B, T, D]`, or of the positions `wanted_W` in B*T (int64) alone `[1, W, D]`; `counted_M` as in MoE."""
+        """`[B, T, D]`, or of the positions `wanted_W` in B*T (int64) alone `[1, W, D]`. `counted_M` as in MoE: of
+        `wanted_W`, where that is given."""
         given = (x_BTD, rope, mask, cache, counted_M, wanted_W, kept)
         if self.recompute and self.training:
             done = checkpoint(self._compute, *given, use_reentrant=False, context_fn=self.dropout.twice)
@@ -284,7 +285,7 @@ class Decoder(nn.Module):
         mask = None
         if start:
             mask = torch.ones(T, start + T, dtype=torch.bool, device=ids_BT.device).tril(start)
-        x_BTD = multiplied(self.embed_tokens(ids_BT))
+        x_BTD = for_products(self.embed_tokens(ids_BT))
         rope = self.rope_of(x_BTD, start)
         last = len(self.layers) - 1
         wanted_W = None if wanted_BT is None else places(wanted_BT)
@@ -306,6 +307,7 @@ class Decoder(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
+        """`[V, D]`."""
         weight = self.head.weight
         assert isinstance(weight, Tensor)
         return weight

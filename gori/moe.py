@@ -1,6 +1,7 @@
 """A mixture of experts: a router and the stacked matrices of its SwiGLU experts.
 
-Shapes as in gori.model: N = B*T tokens, E experts, I MLP width, D model width, A = N*top_k assignments.
+Shapes: B batch, T tokens, N = B*T, M tokens that are counted, k experts a token, A = N*k assignments, E experts, I MLP
+width, D model width.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gori.chunked import multiplied
+from gori.precision import product_dtype
 from gori.routing import Routes, counts
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ class Experts(nn.Module):
 
 def expert_rows(x_AD: Tensor, ends_E: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """Each row through its expert's SwiGLU; weights and ends as in `Experts`."""
-    x_AD, gate_up, down = multiplied(x_AD), multiplied(gate_up, x_AD), multiplied(down, x_AD)  # as autocast would
+    dtype = product_dtype(x_AD)  # autocast does not know grouped_mm
+    x_AD, gate_up, down = x_AD.to(dtype), gate_up.to(dtype), down.to(dtype)
     gate, up = F.grouped_mm(x_AD, gate_up.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
     return F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends_E)
 
@@ -54,7 +56,7 @@ class MoE(nn.Module):
         self.routed_2E: Tensor | None = None
 
     def forward(self, x_BTD: Tensor, counted_M: Tensor | None = None) -> Tensor:
-        """`counted_M` (int64): the positions in B*T that the balance counts; None: all."""
+        """`counted_M` (int64): which of the B*T rows that come the balance counts; None: all."""
         x_ND = x_BTD.flatten(0, 1)
         with torch.autocast(x_ND.device.type, enabled=False):
             logits_NE = F.linear(x_ND.float(), self.gate.weight.float())
@@ -70,5 +72,5 @@ class MoE(nn.Module):
 
     def _routed(self, probs_NE: Tensor, expert_Nk: Tensor, counted_M: Tensor | None) -> Tensor:
         if counted_M is not None:
-            probs_NE, expert_Nk = probs_NE.index_select(0, counted_M), expert_Nk[counted_M]
+            probs_NE, expert_Nk = probs_NE.index_select(0, counted_M), expert_Nk.index_select(0, counted_M)
         return torch.stack((counts(expert_Nk, self.cfg.experts), probs_NE.sum(0)))

@@ -1,6 +1,6 @@
 """Tokens to their experts and back: rows gathered in the experts' order, with gradients that are gathers too.
 
-Nothing here adds into memory from several places (a GPU's atomics: slow, and of no fixed order) and nothing makes the
+No row is added into memory from several places (a GPU's atomics: slow, and of no fixed order) and nothing makes the
 processor wait for a GPU. Knows nothing of what experts compute.
 
 Shapes: N tokens, k experts a token, A = N*k assignments, E experts, D width.
@@ -62,7 +62,7 @@ class Routes:
 
     @classmethod
     def of(cls, expert_Nk: Tensor, experts: int) -> Routes:
-        """Of each token's experts, int64."""
+        """For each token's experts, int64 `[N, k]`, of so many."""
         sorted_A, order_A = expert_Nk.flatten().sort(stable=True)
         every_E = torch.arange(experts, device=order_A.device)
         ends_E = torch.searchsorted(sorted_A, every_E, right=True, out_int32=True)
@@ -76,12 +76,12 @@ class Routes:
     def back(self, y_AD: Tensor, weight_Nk: Tensor) -> Tensor:
         """Each token's weighted sum of what its experts made of it, `[N, D]`."""
         rows_AD = _Permuted.apply(y_AD, self.place_A, self.order_A)
-        rows_NkD = rows_AD.view(*weight_Nk.shape, -1)  # pyright: ignore[reportOptionalMemberAccess]
+        rows_NkD = rows_AD.view(*weight_Nk.shape, y_AD.shape[1])  # pyright: ignore[reportOptionalMemberAccess]
         return (rows_NkD * weight_Nk.to(y_AD.dtype).unsqueeze(-1)).sum(1, dtype=y_AD.dtype)
 
 
 def counts(expert_Mk: Tensor, experts: int) -> Tensor:
-    """How often each expert was chosen, float32 [E]."""
+    """How often each expert was chosen, float32 [E]: whole numbers, whose sum has no order."""
     chosen = expert_Mk.flatten()
     ones = torch.ones(len(chosen), device=chosen.device)
     return torch.zeros(experts, device=chosen.device).scatter_add_(0, chosen, ones)

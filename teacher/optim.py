@@ -19,9 +19,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 def newton_schulz(G: Tensor, steps: int) -> Tensor:
     """Approximate orthogonalisation of matrices `[..., m, n]`: singular values are driven towards one by the quintic
-    iteration, batched. On a GPU in bfloat16 (`newton_schulz_narrow`)."""
-    if G.is_cuda:
-        return newton_schulz_narrow(G.bfloat16(), steps)
+    iteration, batched."""
     a, b, c = COEFFICIENTS
     wide = G.shape[-2] > G.shape[-1]
     X = G.mT if wide else G
@@ -36,10 +34,8 @@ def newton_schulz_wide(X: Tensor, steps: int) -> Tensor:
     """`newton_schulz` of one wide matrix `[m, n]`, n much larger than m, through its Gram matrix.
 
     The same polynomial, but all iterations happen on m by m matrices: X_k = P_k X_0, with P found from X_0 X_0^T. Not
-    on a GPU: a Gram matrix rounded to bfloat16 has negative eigenvalues, which the polynomial lets grow.
+    for bfloat16: a Gram matrix rounded to it has negative eigenvalues, which the polynomial lets grow.
     """
-    if X.is_cuda:
-        return newton_schulz(X, steps)
     a, b, c = COEFFICIENTS
     X = X / (X.norm() + 1e-7)
     A = X @ X.mT
@@ -52,9 +48,9 @@ def newton_schulz_wide(X: Tensor, steps: int) -> Tensor:
 
 
 def newton_schulz_narrow(X: Tensor, steps: int) -> Tensor:
-    """`newton_schulz` for matrix units of a narrow type, in the type that comes: products alone, with the sums in
-    them, and a tall matrix multiplied from its right instead of turned. bfloat16, as Muon's author has it: the
-    direction of an update bears the rounding."""
+    """`newton_schulz` for a GPU, in the type that comes: products alone, with the sums in them, and a tall matrix
+    multiplied from its right instead of turned. Muon's author takes bfloat16: an update's direction bears its
+    rounding."""
     a, b, c = COEFFICIENTS
     shape, tall = X.shape, X.shape[-2] > X.shape[-1]
     X = X.reshape(-1, *shape[-2:])
@@ -64,6 +60,11 @@ def newton_schulz_narrow(X: Tensor, steps: int) -> Tensor:
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)
         X = torch.baddbmm(X, X, B, beta=a) if tall else torch.baddbmm(X, B, X, beta=a)
     return X.view(shape)
+
+
+def _orthogonal(G: Tensor, steps: int) -> Tensor:
+    """Of matrices: float32 on a CPU; bfloat16 on a GPU, whose matrix units have no float32."""
+    return newton_schulz_narrow(G.bfloat16(), steps) if G.is_cuda else newton_schulz(G, steps)
 
 
 class Muon(torch.optim.Optimizer):
@@ -116,7 +117,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _step_matrices(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
-        updates = newton_schulz(torch.stack([self._momentum(p, group) for p in params]), group["steps"])
+        updates = _orthogonal(torch.stack([self._momentum(p, group) for p in params]), group["steps"])
         for p, u in zip(params, updates, strict=True):
             self._apply(p, u, group)
 
@@ -129,7 +130,7 @@ class Muon(torch.optim.Optimizer):
         def orthogonal(p: nn.Parameter, whole: Tensor) -> Tensor:
             if p.dim() == 3:
                 return self._orthogonal_experts(p, whole, group["steps"])
-            return newton_schulz(whole, group["steps"])
+            return _orthogonal(whole, group["steps"])
 
         for p, u in zip(params, by_owners(params, [self._momentum(p, group) for p in params], orthogonal), strict=True):
             self._apply(p, u, group)
@@ -137,12 +138,14 @@ class Muon(torch.optim.Optimizer):
     def _orthogonal_experts(self, p: nn.Parameter, u: Tensor, steps: int) -> Tensor:
         """Stacks `[E, out, in]`: joined along the side that is not the model's width."""
         E, m, n = p.shape
-        u = u.bfloat16() if u.is_cuda else u
+        wide = newton_schulz_wide
+        if u.is_cuda:
+            u, wide = u.bfloat16(), newton_schulz_narrow
         if id(p) in self._by_columns:  # down: D rows, E*I columns
-            joined = newton_schulz_wide(u.transpose(0, 1).reshape(m, E * n), steps)
+            joined = wide(u.transpose(0, 1).reshape(m, E * n), steps)
             return joined.view(m, E, n).transpose(0, 1)
         if u.is_cuda:
-            return newton_schulz(u.reshape(E * m, n), steps).view(p.shape)
+            return newton_schulz_narrow(u.reshape(E * m, n), steps).view(p.shape)
         return newton_schulz_wide(u.reshape(E * m, n).mT, steps).mT.reshape(p.shape)  # gate_up
 
     def _momentum(self, p: nn.Parameter, group: dict[str, Any]) -> Tensor:

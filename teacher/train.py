@@ -56,13 +56,15 @@ class TrainSettings:
     checkpoint_every_s: float = 20.0
     """Seconds between checkpoints of an unfinished run."""
     compile: bool = False
-    """torch.compile the blocks (pays on a GPU and on long CPU runs; needs a C++ compiler)."""
+    """torch.compile the blocks and the loss's chunks: pays on a GPU and on long CPU runs, needs a C++ compiler, and a
+    mixture of experts needs bf16 for it."""
     accumulate: int = 1
     """Micro-batches that a step's rows are divided into, to hold fewer at once."""
     recompute: bool = False
     """Keep only the input of each block for the gradient and compute the rest again: less memory, more time."""
     precision: Literal["float32", "bf16"] | None = None
-    """What is computed with; weights and optimizers stay float32. null: bf16 on a GPU, float32 on a CPU."""
+    """What forward and backward pass compute with; weights and momenta stay float32. null: bf16 on a GPU, float32 on a
+    CPU."""
     expert_parallel: int = 1
     """Ranks that a layer's experts are divided over."""
 

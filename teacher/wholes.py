@@ -47,7 +47,7 @@ def by_owners(
     params: Sequence[nn.Parameter], shards: Sequence[Tensor], work: Callable[[nn.Parameter, Tensor], Tensor]
 ) -> list[Tensor]:
     """`work(parameter, whole)` for each parameter, on one rank each, from all ranks' `shards` (shaped as what they hold
-    of it); returns this rank's parts of the results, which have the wholes' shapes.
+    of it); returns this rank's parts of the results, which have the wholes' shapes and get their dtype.
 
     Two exchanges of all to all; a rank holds its share of the wholes meanwhile. Every rank must call it.
     """
@@ -72,7 +72,7 @@ def by_owners(
             some.copy_(came[at : at + some.numel()].view(some.shape))
             at += some.numel()
     for i in wholes:
-        wholes[i] = work(params[i], wholes[i])
+        wholes[i] = work(params[i], wholes[i]).to(flat.dtype)
     back = torch.cat([wholes[i][parts[i, r]].reshape(-1) for r in range(world) for i in wholes] or [came])
     dist.all_to_all_single(flat, back, theirs, mine)
     found: list[Tensor] = [flat] * len(params)

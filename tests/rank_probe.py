@@ -6,7 +6,8 @@ import dataclasses
 import multiprocessing
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,7 +27,7 @@ from gori.evaluate import batched
 from gori.model import Decoder, ModelConfig
 from gori.ranks import barrier, current, joined
 from gori.recipe import Distill, Student
-from gori.teacher import sharding
+from gori.teacher import optim, sharding
 from gori.teacher.sharding import whole_tensors
 from gori.teacher.stage import answer_loss
 from gori.teacher.train import Loss, Progress, TrainBatch, TrainSettings, fit
@@ -53,6 +54,7 @@ CASES: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
     "states, recompute": (DENSE, {"states": {"hidden": 0.5, "attention": 1.0, "ce": 1.0}, "recompute": True}),
     "states, resharded": (DENSE, {"states": {"attention": 1.0, "ce": 0.1}, "whole_bytes": 0}),
     "bf16": (DENSE, {"precision": "bf16"}),
+    "bf16 muon": (MOE, {"bf16_muon": True}),
     "bf16 states": (DENSE, {"states": {"hidden": 0.5, "attention": 1.0, "ce": 1.0}, "precision": "bf16"}),
 }
 
@@ -82,7 +84,7 @@ def train_case(
     cfg, own = CASES[case]
     own = dict(own)
     whole_bytes = own.pop("whole_bytes", sharding.WHOLE_BYTES)
-    on_policy = own.pop("on_policy", False)
+    on_policy, bf16_muon = own.pop("on_policy", False), own.pop("bf16_muon", False)
     loss = drawing() if on_policy else inside(own.pop("states")) if "states" in own else answer_loss(0.05)
     settings = dataclasses.replace(SETTINGS, **own, **changes)
     if alone and current().world == 1:
@@ -92,13 +94,24 @@ def train_case(
     model = Decoder(cfg).initialise(torch.Generator().manual_seed(0))
     for moe in model.moe_layers():  # a router that is sure: rounding then changes no token's experts
         moe.gate.weight.data.mul_(10)
-    with mock.patch.object(sharding, "WHOLE_BYTES", whole_bytes):
+    with mock.patch.object(sharding, "WHOLE_BYTES", whole_bytes), muon_as_on_a_gpu() if bf16_muon else nullcontext():
         done = fit(
             model, examples, cut(loss, cut_after, settings.accumulate),
             settings, seed=1, pad=0, label=case, state=state, evaluate=evaluate, fingerprint=case,
             workers=2 if on_policy and current().world == 1 else 1,
         )  # fmt: skip
     return dict(whole_tensors(model)), done
+
+
+@contextmanager
+def muon_as_on_a_gpu() -> Iterator[None]:
+    """Updates orthogonalised in bfloat16, and given in it."""
+
+    def narrow(G: Tensor, steps: int) -> Tensor:
+        return optim.newton_schulz_narrow(G.bfloat16(), steps)
+
+    with mock.patch.multiple(optim, newton_schulz=narrow, newton_schulz_wide=narrow):
+        yield
 
 
 def drawing() -> Loss:

@@ -191,6 +191,18 @@ def test_entries_of_any_number_equal_autograd(seed: int, entries: list[int], tai
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_a_compiled_cross_entropy_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    h, W, _, _, y = draws(0, 9)
+    want = F.cross_entropy(h @ W.T, y)
+    monkeypatch.setattr("gori.chunked.WHOLE_BYTES", 0)
+    monkeypatch.setattr("gori.chunked.chunk_rows", lambda head: 4)
+    got = cross_entropy(h, W, y, compiled=True)
+    for a, b in zip(torch.autograd.grad(got, (h, W)), torch.autograd.grad(want, (h, W)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("weights", [{"forward_kl": 0.7, "ce": 0.4}, {"jsd@0.3": 1.0}])
 def test_a_compiled_chunk_gives_the_same_numbers(weights: dict[str, float]) -> None:
     h, W, th, tW, y = (t.detach() for t in draws(0, 9))

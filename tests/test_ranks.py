@@ -14,7 +14,7 @@ from decoders import random_decoder
 from gori import checkpoint
 from gori.tokenizer import Tokenizer
 
-BF16 = {"bf16": "dense", "bf16 states": "states"}
+BF16 = {"bf16": "dense", "bf16 muon": "moe", "bf16 states": "states"}
 EXACT = [c for c in CASES if c not in (*BF16, "experts over all")]
 
 
