@@ -9,19 +9,16 @@ Shapes: N tokens, C tokens of a chunk, D student width, V vocabulary, k entries.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from gori.chunked import Work, chunk_rows, chunked, fused, product, product_buffer
+from gori.chunked import Known, Work, chunk_rows, chunked, product, product_buffer
 from gori.distill.divergences import DIVERGENCES, STATES, TERMS, Outcomes, divergences_of, outcomes, parse
 from gori.errors import GoriError
 from gori.precision import for_products, product_dtype, wide
-
-BLOCK_BYTES = 512 << 10
-"""Of a chunk, what is worked on at once on a CPU: the passes over it then stay in its second-level cache."""
 
 Weighted = tuple[tuple[str, float, float], ...]
 """(divergence or ce, its parameter, its weight) of each term."""
@@ -45,15 +42,6 @@ def check_sparse(weights: Mapping[str, float]) -> None:
         raise GoriError(
             f"loss term {unknown[0]} needs the whole distribution: of a cached teacher take forward_kl or ce"
         )
-
-
-def _in_blocks(work: Work, per_token: tuple[Tensor, ...]) -> Tensor:
-    """Run on the blocks of a chunk's tensors, whose first are the logits; the sums of what is returned."""
-    logits = per_token[0]
-    size = len(logits)
-    if logits.device.type == "cpu":
-        size = max(1, BLOCK_BYTES // (logits.element_size() * logits.shape[1]))
-    return torch.stack([work(*parts) for parts in zip(*(t.split(size) for t in per_token), strict=True)]).sum(0)
 
 
 @cache
@@ -187,15 +175,9 @@ def _total(
     chunk: int | None,
     compiled: bool,
     of_teacher: str,
-    known: Callable[[slice], tuple[Tensor, ...]],
+    of_teacher_at: Known,
 ) -> tuple[Tensor, dict[str, float]]:
     work = _overwriting(tuple((*parse(k), w) for k, w in weights.items()), temperature, of_teacher)
-
-    dtype = product_dtype(hidden)
-
-    def slope(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        given = (logits, targets[rows], *known(rows))
-        return fused(work, dtype)(*given) if compiled else (_in_blocks(work, given), logits)
-
-    total, terms = chunked(hidden, head, slope, list(weights.values()), chunk)
+    known = lambda rows: (targets[rows], *of_teacher_at(rows))  # noqa: E731
+    total, terms = chunked(hidden, head, work, known, list(weights.values()), chunk, compiled)
     return total, dict(zip(weights, terms.tolist(), strict=True))

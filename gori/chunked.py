@@ -10,7 +10,7 @@ Shapes: N tokens, C tokens of a chunk, D width, V vocabulary. Logits and the sum
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -26,28 +26,32 @@ small chunk costs time."""
 WHOLE_BYTES = 1 << 30
 """`cross_entropy` of logits up to this size forms them whole."""
 
+BLOCK_BYTES = 512 << 10
+"""Of a chunk, what is worked on at once on a CPU: the passes over it then stay in its second-level cache."""
+
 Work = Callable[..., Tensor]
 """(logits [C, V], other tensors [C, ...]) → each term's sum; the logits become the gradient of the weighted sum, the
 others may be overwritten too."""
-Slope = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
-"""(logits of a chunk [C, V], its rows) → each term's sum, and the gradient `[C, V]` of the weighted sum; the logits may
-be overwritten."""
+Known = Callable[[slice], tuple[Tensor, ...]]
+"""A chunk's rows → what `Work` takes beside their logits."""
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, slope: Slope, weights: list[float], chunk: int
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, work: Work, known: Known, weights: list[float], chunk: int,
+        compiled: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         N = len(hidden_ND)
         hidden, head = for_products(hidden_ND), head_VD.to(product_dtype(hidden_ND))  # once, not once a chunk
         grad_hidden = torch.empty_like(hidden_ND)
         grad_head = torch.zeros_like(head_VD, dtype=wide(head_VD.dtype))
         buffer = product_buffer(hidden, head, min(chunk, N))
         sums = torch.zeros(len(weights), dtype=wide(hidden.dtype), device=hidden.device)
+        run = _fused(work, hidden.dtype) if compiled else partial(_in_blocks, work)
         for start in range(0, N, chunk):
             rows = slice(start, min(start + chunk, N))
-            found, grad = slope(product(hidden[rows], head, buffer), rows)
+            found, grad = run(product(hidden[rows], head, buffer), *known(rows))
             sums += found
             grad = grad.to(hidden.dtype)
             grad_hidden[rows] = grad @ head
@@ -63,17 +67,25 @@ class _Chunked(torch.autograd.Function):
         # in place: a second backward pass would be refused by autograd, which sees that these were changed
         grad_hidden, grad_head = ctx.saved_tensors
         share = grad / ctx.tokens
-        return grad_hidden.mul_(share), grad_head.mul_(share).to(ctx.head_dtype), None, None, None
+        return grad_hidden.mul_(share), grad_head.mul_(share).to(ctx.head_dtype), None, None, None, None, None
 
 
 def chunked(
-    hidden_ND: Tensor, head_VD: Tensor, slope: Slope, weights: list[float], chunk: int | None = None
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    work: Work,
+    known: Known,
+    weights: list[float],
+    chunk: int | None = None,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of loss terms, averaged over tokens, and each term's mean `[terms]`, without gradient.
 
-    Gradients flow to hidden states and head once. `chunk` tokens have logits at once (None: `chunk_rows`).
+    Gradients flow to hidden states and head once. `chunk` tokens have logits at once (None: `chunk_rows`); `compiled`:
+    torch.compile fuses what is done with them.
     """
-    return _Chunked.apply(hidden_ND, head_VD, slope, weights, chunk or chunk_rows(head_VD))  # pyright: ignore
+    chunk = chunk or chunk_rows(head_VD)
+    return _Chunked.apply(hidden_ND, head_VD, work, known, weights, chunk, compiled)  # pyright: ignore[reportReturnType]
 
 
 def chunk_rows(head_VD: Tensor) -> int:
@@ -114,8 +126,17 @@ def _widens(t: Tensor) -> bool:
     return t.is_cuda and t.dtype in (torch.bfloat16, torch.float16)
 
 
+def _in_blocks(work: Work, logits_CV: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+    """`work` on the blocks of a chunk: its sums, and the logits, which are the gradient then."""
+    size = len(logits_CV)
+    if logits_CV.device.type == "cpu":
+        size = max(1, BLOCK_BYTES // (logits_CV.element_size() * logits_CV.shape[1]))
+    blocks = zip(*(t.split(size) for t in (logits_CV, *others)), strict=True)
+    return torch.stack([work(*parts) for parts in blocks]).sum(0), logits_CV
+
+
 @cache
-def fused(work: Work, dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor]]:
+def _fused(work: Work, dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor]]:
     """`work` as a few kernels that leave its inputs alone, and return its sums and the gradient in `dtype`; sizes vary
     from chunk to chunk, so none of them is compiled in."""
 
@@ -127,21 +148,12 @@ def fused(work: Work, dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor]
 
 
 def cross_entropy(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, compiled: bool = False) -> Tensor:
-    """Mean cross-entropy of the tokens' targets (int64): logits whole where they are small, else chunk by chunk.
-
-    `compiled`: torch.compile fuses what is done with a chunk.
-    """
+    """Mean cross-entropy of the tokens' targets (int64): logits whole where they are small, else `chunked`."""
     if 4 * len(hidden_ND) * len(head_VD) <= WHOLE_BYTES:
         logits_NV = F.linear(hidden_ND, head_VD)
         return F.cross_entropy(logits_NV.to(wide(logits_NV.dtype)), targets_N)
-    dtype = product_dtype(hidden_ND)
-
-    def slope(logits_CV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        if compiled:
-            return fused(_cross_entropy, dtype)(logits_CV, targets_N[rows])
-        return _cross_entropy(logits_CV, targets_N[rows]), logits_CV
-
-    return chunked(hidden_ND, head_VD, slope, [1.0])[0]
+    known = lambda rows: (targets_N[rows],)  # noqa: E731
+    return chunked(hidden_ND, head_VD, _cross_entropy, known, [1.0], compiled=compiled)[0]
 
 
 def _cross_entropy(logits_CV: Tensor, targets_C: Tensor) -> Tensor:

@@ -73,10 +73,13 @@ class Routes:
         """Tokens' rows, sorted by expert, `[A, D]`."""
         return _Sent.apply(x_ND, self.order_A, self.place_A, self.k)  # pyright: ignore[reportReturnType]
 
+    def unsorted(self, y_AD: Tensor) -> Tensor:
+        """Sorted rows in the order of the assignments."""
+        return _Permuted.apply(y_AD, self.place_A, self.order_A)  # pyright: ignore[reportReturnType]
+
     def back(self, y_AD: Tensor, weight_Nk: Tensor) -> Tensor:
         """Each token's weighted sum of what its experts made of it, `[N, D]`."""
-        rows_AD = _Permuted.apply(y_AD, self.place_A, self.order_A)
-        rows_NkD = rows_AD.view(*weight_Nk.shape, y_AD.shape[1])  # pyright: ignore[reportOptionalMemberAccess]
+        rows_NkD = self.unsorted(y_AD).view(*weight_Nk.shape, y_AD.shape[1])
         return (rows_NkD * weight_Nk.to(y_AD.dtype).unsqueeze(-1)).sum(1, dtype=y_AD.dtype)
 
 

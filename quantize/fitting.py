@@ -65,7 +65,7 @@ class Rows:
     def __init__(self, teacher: Decoder, batches: Sequence[Batch], place: Kept) -> None:
         self._batches = batches
         self._hidden = [place.keep(answer_hidden(teacher, b)) for b in batches]
-        self.head_VD = _matrix(teacher.head).detach()
+        self.head_VD = teacher.head_weight.detach()
         answers = [b.answer_BT.sum(1).tolist() for b in batches]
         self._where = [
             (i, row, sum(counts[:row]), counts[row]) for i, counts in enumerate(answers) for row in range(len(counts))
@@ -98,11 +98,6 @@ class Rows:
         return np.sort(order[held:]), np.sort(order[:held])
 
 
-def _matrix(head: nn.Module) -> Tensor:
-    assert isinstance(head.weight, Tensor)
-    return head.weight
-
-
 def divergence(student: Decoder, rows: Rows, some: Picked, temperature: float = 1.0) -> Tensor:
     """KL(teacher || student) in nats, the mean over the answers of some rows."""
     hidden_ND = student.hidden(some.ids_BT, wanted_BT=some.answer_BT)
@@ -111,7 +106,7 @@ def divergence(student: Decoder, rows: Rows, some: Picked, temperature: float = 
         hidden_ND = head.rounded(hidden_ND)
     none = torch.zeros(len(hidden_ND), dtype=torch.int64)
     teacher = (some.teacher_ND, rows.head_VD)
-    return distillation_loss(hidden_ND, _matrix(head), *teacher, none, {"forward_kl": 1.0}, temperature)[0]
+    return distillation_loss(hidden_ND, student.head_weight, *teacher, none, {"forward_kl": 1.0}, temperature)[0]
 
 
 @torch.no_grad()

@@ -138,15 +138,14 @@ class Muon(torch.optim.Optimizer):
     def _orthogonal_experts(self, p: nn.Parameter, u: Tensor, steps: int) -> Tensor:
         """Stacks `[E, out, in]`: joined along the side that is not the model's width."""
         E, m, n = p.shape
-        wide = newton_schulz_wide
+        columns = id(p) in self._by_columns  # down: D rows, E*I columns; else gate_up
+        u = u.bfloat16() if u.is_cuda else u
+        joined = u.transpose(0, 1).reshape(m, E * n) if columns else u.reshape(E * m, n)
         if u.is_cuda:
-            u, wide = u.bfloat16(), newton_schulz_narrow
-        if id(p) in self._by_columns:  # down: D rows, E*I columns
-            joined = wide(u.transpose(0, 1).reshape(m, E * n), steps)
-            return joined.view(m, E, n).transpose(0, 1)
-        if u.is_cuda:
-            return newton_schulz_narrow(u.reshape(E * m, n), steps).view(p.shape)
-        return newton_schulz_wide(u.reshape(E * m, n).mT, steps).mT.reshape(p.shape)  # gate_up
+            joined = newton_schulz_narrow(joined, steps)
+        else:
+            joined = newton_schulz_wide(joined, steps) if columns else newton_schulz_wide(joined.mT, steps).mT
+        return joined.view(m, E, n).transpose(0, 1) if columns else joined.reshape(p.shape)
 
     def _momentum(self, p: nn.Parameter, group: dict[str, Any]) -> Tensor:
         """The gradient's momentum of what this process holds of a parameter."""

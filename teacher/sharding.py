@@ -25,6 +25,7 @@ from gori.errors import GoriError
 from gori.model import Decoder
 from gori.moe import Experts, expert_rows
 from gori.ranks import gathered
+from gori.routing import Routes
 from gori.teacher.wholes import local
 from gori.teacher.workers import split
 
@@ -59,11 +60,10 @@ class DividedExperts(Experts):
         expert_A = torch.arange(came_RL.shape[1], device=x_AD.device).repeat(len(here)).repeat_interleave(
             came_RL.flatten()
         )  # fmt: skip
-        order_A = expert_A.argsort(stable=True)  # what came is sorted by rank, then by expert
-        ends_L = came_RL.sum(0).cumsum(0).to(torch.int32)
-        x_AD = self._exchange(x_AD, here, there)[order_A]
-        y_AD = expert_rows(x_AD, ends_L, local(self.gate_up), local(self.down))
-        y_AD = self._exchange(y_AD[order_A.argsort()], there, here)
+        routes = Routes.of(expert_A.unsqueeze(1), came_RL.shape[1])  # what came is sorted by rank, then by expert
+        x_AD = routes.sent(self._exchange(x_AD, here, there))
+        y_AD = expert_rows(x_AD, routes.ends_E, local(self.gate_up), local(self.down))
+        y_AD = self._exchange(routes.unsorted(y_AD), there, here)
         if (
             not self.training
         ):  # all ranks run the same tokens (`by_ranks`): one's rounding for all, or answers part ways
